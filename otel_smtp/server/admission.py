@@ -21,22 +21,22 @@ from otel_smtp.smtp.states import CloseReason, TlsMode
 
 logger: Final = logging.getLogger("otel_smtp.server.session")
 
-# A PROXY header comes from our own load balancer, at once; Postfix gives it the same five seconds.
+# A PROXY header comes at once from our own load balancer; Postfix allows the same five seconds.
 PROXY_HEADER_SECONDS: Final = 5.0
 
 
 class Admission(Conversation):
-    """A session that finds out which client it serves, and whether it may."""
+    """A session that establishes its client's identity and permissions."""
 
     __slots__ = ()
 
     # The beginning -----------------------------------------------------------------------------------------------
 
     def begin(self, refusal: Reply | None) -> None:
-        """Serve the connection, from now on.
+        """Start serving the connection.
 
         Args:
-            refusal: answer it with this instead (capacity).
+            refusal: the reply to send instead (capacity).
         """
         self._house.observer.connection_opened(self.record)
         policy = self._policy
@@ -44,14 +44,15 @@ class Admission(Conversation):
             self._session_ends = self._began + policy.timeouts.session
         self._protocol.accepted(policy.protocol.tls_mode)
         if policy.protocol.tls_mode is TlsMode.IMPLICIT or is_in(policy.proxy_protocol_from, self._stream.peer.host):
-            # The first octets are for the TLS layer, or are a PROXY header and not one octet more.
+            # The first octets belong to the TLS layer, or form a PROXY header, of which not one octet too many may be
+            # read.
             self._stream.pause_reading()
             self._start(self._prepare(refusal))
         else:
             self._call(self._open, refusal)
 
     async def _prepare(self, refusal: Reply | None) -> None:
-        """What comes before the session itself: the PROXY header, implicit TLS."""
+        """The steps before the session itself: PROXY header, implicit TLS."""
         policy = self._policy
         if is_in(policy.proxy_protocol_from, self._stream.peer.host):
             header = await self._read_proxy_header()
@@ -71,7 +72,7 @@ class Admission(Conversation):
         self._open(refusal)  # written at the end of this task
 
     def _open(self, refusal: Reply | None) -> None:
-        """Refuse the connection, or greet it: at once, or, where it has spoken already, when that has been heard."""
+        """Refuse or greet the connection: at once, or after reading what an early talker has already sent."""
         refusal = refusal or self._access_refusal()
         if refusal is not None:
             self._protocol.refuse(refusal)
@@ -84,8 +85,7 @@ class Admission(Conversation):
             self._protocol.greet()
 
     async def _shake_hands_at_once(self) -> bool:
-        """The handshake of implicit TLS. A client that goes before it has said anything is a health check: no
-        handshake has failed."""
+        """The handshake of implicit TLS. A client that leaves silently is a health check, not a failed handshake."""
         stream = self._stream
         stream.deadline = ends = self._loop.time() + self._policy.timeouts.tls_handshake
         try:
@@ -101,7 +101,7 @@ class Admission(Conversation):
         return await self._shake_hands(ends - self._loop.time())
 
     async def _read_proxy_header(self) -> ProxyHeader | None:
-        """Read the PROXY header that a listed network must send; None: the connection is at its end."""
+        """Read the PROXY header that a listed network must send; None: the connection has ended."""
         stream = self._stream
         parser = ProxyHeaderParser()
         stream.deadline = self._loop.time() + PROXY_HEADER_SECONDS
@@ -124,15 +124,16 @@ class Admission(Conversation):
         return header
 
     def _believe(self, header: ProxyHeader) -> bool:
-        """Take the ends of the connection to be those that the header names; whether it does, and they can be."""
+        """Adopt the ends that the header names; returns whether they are plausible."""
         if header.source is None or header.destination is None or not self._may_be(header.source):
             return False
         self.record.proxied(header.source, header.destination)
         return True
 
     def _may_be(self, source: Endpoint) -> bool:
-        """Whether the client can be `source`. A loopback address that another machine names is that machine's own: the
-        client on it is, seen from here, the peer. Believed, it would have all that our own applications may do."""
+        """Whether the client can be `source`. A loopback address named by another machine is that machine's own: seen
+        from here, its client is the peer. Trusting it would grant it the permissions of our own applications.
+        """
         return not is_loopback(source.host) or is_loopback(self._stream.peer.host)
 
     def _access_refusal(self) -> Reply | None:
@@ -159,8 +160,8 @@ class Admission(Conversation):
 
     def tls_requested(self) -> None:
         """See `Handler`."""
-        # Reading stops before the 220 goes out: a ClientHello that comes early must wait in the kernel for the TLS
-        # layer. What has come in clear behind STARTTLS the engine has, and refuses.
+        # Reading stops before the 220 goes out: an early ClientHello must wait in the kernel for the TLS layer. The
+        # engine already has, and refuses, octets sent in the clear behind STARTTLS.
         self._pause(Pause.TLS)
         self._stream.receive_by(None)
         self._loop.call_soon(self._upgrade)
@@ -219,7 +220,7 @@ class Admission(Conversation):
 
     @contextlib.asynccontextmanager
     async def _turn(self, name: str) -> AsyncIterator[None]:
-        """In which the client's word that it is `name` is judged."""
+        """The client's turn to have its claim to be `name` verified."""
         login = self._auth
         assert login is not None
         login.claimed = name
@@ -245,7 +246,7 @@ class Admission(Conversation):
             self._call(self._protocol.reply, replies.AUTH_UNAVAILABLE)
             return
         if not isinstance(step, Challenge):
-            self._auth = None  # an exchange may hold what the client has said to prove itself
+            self._auth = None  # an exchange may hold the client's credentials
         protocol.now_ns = time.monotonic_ns()
         match step:
             case Challenge(data):
@@ -263,7 +264,9 @@ class Admission(Conversation):
                 self._call(self._protocol.reply, replies.AUTH_FAILED)
 
     def _guesser(self) -> str:
-        """The guesser: on this machine the owner of the socket, since it may have any of the addresses of loopback."""
+        """The guesser's identity: on this machine the owner of the socket, since one owner may use any loopback
+        address.
+        """
         record = self.record
         is_tcp = record.transport != "unix"
         is_here = record.client == self._stream.peer and (not is_tcp or is_loopback(record.client.host))

@@ -1,4 +1,4 @@
-"""The turns of a session: what arrives, what the engine makes of it, what is written, and the deadlines."""
+"""The turns of a session: input, the engine's work, output, and the deadlines."""
 
 import asyncio
 import contextlib
@@ -29,18 +29,18 @@ from otel_smtp.smtp.states import CloseReason
 
 logger: Final = logging.getLogger("otel_smtp.server.session")
 
-# A client that takes none of our replies: RFC 5321 4.5.3.2.5 gives a block of octets three minutes.
+# For a client that reads none of our replies: RFC 5321 4.5.3.2.5 allows three minutes per block of octets.
 UNREAD_REPLIES_SECONDS: Final = 180.0
-# We end the session while the client may be in the middle of sending: it gets the time to read why. Not at a shutdown,
-# which has one grace for all, nor where the client has ended it or speaks another protocol.
+# We end the session while the client may be in the middle of sending, so it gets time to read why. Not at a shutdown,
+# which has one grace period for all, nor if the client has ended the session or speaks another protocol.
 _GENTLE_ENDS: Final = frozenset(
     {CloseReason.TIMEOUT, CloseReason.TOO_MANY_ERRORS, CloseReason.REFUSED, CloseReason.INTERNAL_ERROR}
 )
-_ELSEWHERE: Final = "elsewhere "  # so begin the shares of clients that are not on this machine
-REPLIES_TO_CONTENT: Final = 3  # that may follow without being news: to the last recipient, to DATA, to the content
-# A segment is cut between transactions. One that has grown to so many times its size is cut wherever it is, so that a
+_ELSEWHERE: Final = "elsewhere "  # the prefix of the shares of clients on other machines
+REPLIES_TO_CONTENT: Final = 3  # phases that are no news: after the last recipient, DATA, the content
+# A segment is cut between transactions. Once it has grown to this multiple of its size it is cut anywhere, so that a
 # client cannot make it grow without end within one transaction. Replies count likewise: those to a thousand recipients,
-# or to chunk after chunk, come without transitions.
+# or to many chunks, come without transitions.
 _HARD_SEGMENTS: Final = 4
 
 
@@ -50,7 +50,7 @@ class Login:
 
     Attributes:
         claimed: the name that the client claims.
-        awaits_turn: that is to be judged, and others are before it.
+        awaits_turn: it is to be verified, and others are before it.
     """
 
     exchange: Exchange
@@ -59,20 +59,19 @@ class Login:
 
 
 def internal_error() -> str:
-    """The exception at hand, a bug of ours, as the reason why something failed: its class, as its text may hold what a
-    peer wrote."""
+    """The current exception, a bug of ours, as a reason for a failure: only its class, as its text may quote a peer."""
     error = sys.exception()
     return "internal error" if error is None else f"internal error: {type(error).__name__}"
 
 
 class Pause(IntEnum):
-    """Why nothing is read."""
+    """Reasons to stop reading."""
 
     CONTENT = 1  # the forwarder holds it back
-    DECISION = 2  # one is awaited, and more has come
+    DECISION = 2  # a decision is awaited, and more has arrived
     UNREAD = 4  # the client does not read its replies
     TURN = 8  # other connections come first
-    TLS = 16  # further octets are for the TLS layer
+    TLS = 16  # further octets belong to the TLS layer
 
 
 class Conversation:
@@ -125,29 +124,29 @@ class Conversation:
         self._protocol = protocol
         self._protocol.now_ns = record.opened_ns
         self.client_counted: str | None = None
-        self.share = ""  # whose it is, for `Places`; not asked for yet
+        self.share = ""  # its owner, for `Places`; None until looked up
         self._forwarded: MailTransaction | None = None
         self._transaction: TransactionRecord | None = None
-        self._trace_id: str | None = None  # of the message at hand
+        self._trace_id: str | None = None  # of the current message
         self._failed_content: Reply | None = None  # the forwarder has failed while the client was still sending
         self._batch: Sequence[Recipient] = ()
         self._auth: Login | None = None  # until it is judged
-        self._task: asyncio.Task[None] | None = None  # what is rare enough to be a coroutine
+        self._task: asyncio.Task[None] | None = None  # rare work, done in a coroutine
         self._allows: bool | None = None  # whether this client may relay without AUTH; None: not looked up yet
-        self._received_head: bytes | None = None  # of this session's Received fields, but for SMTPUTF8 messages
+        self._received_head: bytes | None = None  # of this session's Received fields, except for SMTPUTF8 messages
         self._pauses = 0
-        self._began = self._loop.time()  # when the request at hand began
+        self._began = self._loop.time()  # when the current request began
         self._request_octets = 0  # received before it
-        self._content_began = 0.0  # when the content of the message at hand began
+        self._content_began = 0.0  # when the current message's content began
         self._content_octets = 0  # received before it
         self._held_back_at = 0.0  # when the forwarder stopped the content
         self._session_ends: float | None = None
-        self._told = 0  # transitions of the present segment that `conn_state` observers know
-        self._is_busy = False  # a call from outside is under way, see `_step`; or none will be any more
-        self._is_served = False  # not refused at accept: a flood of those must not hold sockets
+        self._told = 0  # transitions of the current segment that `conn_state` observers have been given
+        self._is_busy = False  # a call from outside is under way, see `_step`; or there will be none any more
+        self._is_served = False  # not for connections refused at accept: a flood of them must not hold sockets
         self._has_ended = False
 
-    # What the stream reports -------------------------------------------------------------------------------------
+    # Reports from the stream -------------------------------------------------------------------------------------
 
     def input_ended(self) -> None:
         """See `Receiver`."""
@@ -157,7 +156,7 @@ class Conversation:
         if self._protocol.phase is Phase.UNGREETED:
             self._protocol.greet()
         if self._auth is not None and self._auth.awaits_turn:
-            # It will hear no answer, and others wait behind it.
+            # It will read no answer, and others wait behind it.
             self._protocol.fail(None, CloseReason.CLIENT_DISCONNECT)
         else:
             self._protocol.receive_eof()
@@ -168,20 +167,20 @@ class Conversation:
         self._house.wait_turn(self)
 
     def _call(self, work: Callable[..., None], *arguments: Any) -> None:
-        """`_step` for work that takes any number of arguments."""
+        """`_step` for work with any number of arguments."""
         self._protocol.now_ns = monotonic_ns()
         self._step(None, lambda _: work(*arguments))
 
     def _step(self, data: Any, work: Callable[[Any], None] | None = None) -> None:
-        """Do `work`, called from outside. Then observers hear what was recorded, what was decided is written, and what
-        has ended is closed. A bug of ours ends the session, and nothing else.
+        """Do `work`, called from outside; then notify observers, write the replies, and close what has ended. A bug of
+        ours ends the session, and nothing else.
 
-        Most steps are of mail that goes its common way. They have no news: all that is left to do is to write.
+        Most steps are part of ordinary mail and have no news: only the replies remain to be written.
 
         Args:
-            data: what `work` is given.
-            work: None: to take octets of the client, which is what most steps are about; see `Receiver.data_received`.
-                They come at their own time. For all else the caller has set that of the engine.
+            data: the argument for `work`.
+            work: None: take octets from the client, as most steps do; see `Receiver.data_received`. This sets the
+                engine's time; for all other work the caller has set it.
         """
         protocol = self._protocol
         if self._is_busy:
@@ -216,22 +215,22 @@ class Conversation:
     data_received = _step
 
     def _log_failure(self) -> None:
-        """Log the exception at hand, a bug of ours. The client gets its answer, whatever becomes of the line."""
+        """Log the current exception, a bug of ours. The client gets its answer even if logging fails."""
         self.record.failure = internal_error()
         with contextlib.suppress(Exception):
             logger.exception("session failed", extra=self._named())
 
     def _named(self) -> dict[str, object]:
-        """How log lines name the connection, and its span."""
+        """The log fields that name the connection and its span."""
         record = self.record
         return {"connection_id": record.id, **trace_fields(self._house.observer.connection_carrier(record))}
 
     def _tell_news(self) -> None:
-        """Before anything is written: what ends now, and what observers are to know."""
+        """The part before anything is written: ends, and notifying observers."""
         protocol, house, record = self._protocol, self._house, self.record
         is_watched = house.observer.wants_transitions
-        # Each step has, while somebody wants to know, while an answer may let the client go on, and while a segment
-        # that is full waits for the end of its transaction.
+        # Every step has news while a `conn_state` observer listens, while an answer may let the client continue, and
+        # while a full segment waits for the end of its transaction.
         protocol.has_news = bool(
             is_watched
             or house.is_draining
@@ -246,7 +245,7 @@ class Conversation:
             self._tell_transitions()
 
     def _act_on_news(self) -> None:
-        """When all is written: what to read, what to close, where the record is cut."""
+        """The part after all is written: reading, closing, cutting the record."""
         protocol, record = self._protocol, self.record
         if self._stream.is_write_paused:
             self._pause(Pause.UNREAD)
@@ -260,7 +259,7 @@ class Conversation:
             self._end_full_segment(most)
 
     def _manage_reading(self) -> None:
-        """Leave with the kernel what comes beyond what is held and cannot be run now."""
+        """Stop reading while held octets cannot run, so that more wait in the kernel."""
         protocol = self._protocol
         if protocol.asked is Asked.NOTHING:
             self._resume(Pause.DECISION)
@@ -271,8 +270,9 @@ class Conversation:
             self._house.wait_turn(self)
 
     def take_turn(self) -> bool:
-        """Run some of the commands that other connections went before; False where there is nothing to be done now,
-        since the client does not read the replies or has gone."""
+        """Run some of the commands that waited for other connections; False if nothing can be done now, since the
+        client does not read its replies or has gone.
+        """
         if self._pauses & Pause.UNREAD or self._has_ended:
             return False
         self._resume(Pause.TURN)
@@ -283,7 +283,7 @@ class Conversation:
         if not self._pauses:
             self._stream.pause_reading()
         self._pauses |= why
-        self._protocol.has_news = True  # in each step, until it is resumed
+        self._protocol.has_news = True  # again in each step, until it resumes
 
     def _resume(self, why: Pause) -> None:
         if self._pauses:
@@ -300,7 +300,7 @@ class Conversation:
     # A place among all connections -------------------------------------------------------------------------------
 
     def learn_share(self, *, is_local: bool) -> None:
-        """Find out whose the connection is; see `Places`."""
+        """Look up the connection's share; see `Places`."""
         host = self.record.client.host
         owner = owner_of_peer(self._stream) if is_local else _ELSEWHERE + network_of(host)
         self.share = _one_of_share(owner or f"address {host}")
@@ -315,7 +315,7 @@ class Conversation:
         """See `PlaceHolder`."""
         protocol = self._protocol
         if self._has_ended or protocol.asked in (Asked.TLS, Asked.AUTH):
-            return Standing.IDLE  # a client that guesses passwords waits for us, but keeps no place
+            return Standing.IDLE  # a client that guesses passwords waits for us, but may lose its place
         if protocol.asked is not Asked.NOTHING:
             return Standing.OURS
         if protocol.awaits_content or protocol.has_open_content:
@@ -336,7 +336,7 @@ class Conversation:
         return now - self.record.opened_ns / 1e9
 
     def wait_in_line(self) -> None:
-        """It is not served yet: the client's octets stay with the kernel."""
+        """It is not served yet: the client's octets stay in the kernel."""
         self._stream.pause_reading()
 
     def leave_line(self) -> None:
@@ -344,7 +344,7 @@ class Conversation:
         self._began = self._loop.time()
 
     def give_way(self) -> None:
-        """Another connection needs the place now: end, and hold the socket for no gentle end."""
+        """Another connection needs the place now: end at once, without a gentle close."""
         if self._has_ended:
             self._stream.close()
             self._house.ended(self)
@@ -355,10 +355,10 @@ class Conversation:
     # Time --------------------------------------------------------------------------------------------------------
 
     def look_at_clock(self, now: float, until: float) -> bool:
-        """Act on what is due at `now`, by the loop's clock: a deadline, the age of the segment.
+        """Act on anything due at `now`, by the loop's clock: a deadline, the age of the segment.
 
         Returns:
-            Whether something may be due before `until`, or it cannot be known.
+            Whether something may be due before `until`; True if unknown.
         """
         if self._has_ended:
             return False
@@ -371,12 +371,12 @@ class Conversation:
                 self._end_from_outside(None, CloseReason.TIMEOUT)
             return not self._has_ended
         if not self._is_reading:
-            return True  # it is when something else is over, and then may have little time left
+            return True  # it will be once the current work is over, and may then have little time left
         deadline = self._deadline()
         if now >= deadline - CLOCK_SLACK_SECONDS:
             self._end_from_outside(replies.TIMED_OUT, CloseReason.TIMEOUT)
             return False
-        # The client's next command has a deadline of its own.
+        # The client's next command has its own deadline.
         return min(deadline, now + self._policy.timeouts.shortest, now + age_left) < until
 
     @property
@@ -390,7 +390,7 @@ class Conversation:
         )
 
     def _deadline(self) -> float:
-        """When the request at hand must be complete: octets buy time at the minimum rate, within a hard bound."""
+        """When the current request must be complete: octets buy time at the minimum rate, within a hard bound."""
         timeouts, protocol, octets = self._policy.timeouts, self._protocol, self._stream.octets_received
         if protocol.awaits_content:
             bought = (octets - self._request_octets) / timeouts.octets_per_second
@@ -400,13 +400,13 @@ class Conversation:
         else:
             deadline = self._began + timeouts.command
         if protocol.has_open_content:
-            # As a whole, in however many chunks it comes.
+            # For the whole content, in however many chunks it comes.
             bought = (octets - self._content_octets) / timeouts.octets_per_second
             deadline = min(deadline, self._content_began + min(timeouts.command + bought, timeouts.data))
         return deadline if self._session_ends is None else min(deadline, self._session_ends)
 
     def drain(self) -> None:
-        """The gateway shuts down: end the session now if it is between transactions, else after the open one."""
+        """The gateway shuts down: end the session now if it is between transactions, otherwise after the open one."""
         self._protocol.has_news = True
         if not self._protocol.is_in_transaction:
             self.cancel()
@@ -471,11 +471,11 @@ class Conversation:
             self._house.ended(self)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do in a task what is rare and waits for long."""
+        """Do rare, long work in a task."""
         self._task = self._loop.create_task(self._run(work))
 
     async def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        """The whole of such a task: its end is a call from outside like any other."""
+        """The body of such a task: its end is a call from outside like any other."""
         mine = asyncio.current_task()
         try:
             await work
@@ -490,11 +490,11 @@ class Conversation:
         self._step(None, _nothing_more)
 
 
-@lru_cache(maxsize=1024)  # and not `sys.intern`: Python 3.12 before 3.12.6 never frees what that has seen
+@lru_cache(maxsize=1024)  # not `sys.intern`: Python 3.12 before 3.12.6 never frees interned strings
 def _one_of_share(share: str) -> str:
-    """One object for all connections of a share."""
+    """Share one object among all connections of a share."""
     return share
 
 
 def _nothing_more(_: None) -> None:
-    """What is left to a turn whose work was done by a task."""
+    """The empty work of a turn whose real work a task did."""

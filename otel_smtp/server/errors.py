@@ -1,4 +1,4 @@
-"""What is wrong with a file of a listener; without the libraries that read it."""
+"""Errors about a listener's files, importable without the libraries that read them."""
 
 from pathlib import Path
 

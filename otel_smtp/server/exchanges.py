@@ -1,7 +1,7 @@
 """The AUTH exchanges: from the client's first response to the verification of its identity.
 
-`users` knows the users, `smtp.sasl` the format of the messages. The refusal is the same for every reason, so that it
-does not show which names exist.
+`users` knows the users, `smtp.sasl` the format of the messages. The refusal is the same for every reason, so it does
+not reveal which names exist.
 """
 
 import asyncio
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
 TOKEN_VERIFIER_SECONDS: Final = 10.0
 
 TokenVerifier = Callable[[str, str], Awaitable[str | None]]
-"""Given the name a client claims ("" for none) and its bearer token, the name the token proves, or None."""
+"""Takes the name that a client claims ("" for none) and its bearer token; returns the name that the token proves, or
+None.
+"""
 
 Turn = Callable[[str], AbstractAsyncContextManager[None]]
-"""Given the name a client claims, what to enter while it is judged whether it is that; see `guesses`."""
+"""Takes the name that a client claims; returns the context in which to verify it; see `guesses`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """It is not, or its messages were malformed (535); the same answer for every reason."""
+    """The client's identity is not proven, or its messages were malformed (535); the same answer for every reason."""
 
 
 Step = Challenge | Accepted | Rejected
@@ -71,17 +73,17 @@ class Exchange(Protocol):
         """Take the client's next response, decoded.
 
         Args:
-            response: None only at first, where AUTH came without an initial response.
+            response: None only at first, if AUTH came without an initial response.
 
         Raises:
-            Exception: the check itself failed (no memory, a token verifier that raises or is late): nothing is known
-                of the credentials, so the client is to try again later (454).
+            Exception: the check itself failed (no memory, a token verifier that raises or is late): the credentials are
+                neither right nor wrong, so the client should retry later (454).
         """
         ...
 
 
 class Authenticator:
-    """Begins exchanges, with the verifiers that know the users.
+    """Begins exchanges, which check users with the given verifiers.
 
     Args:
         users: for PLAIN, LOGIN and SCRAM-SHA-256; None: these are not offered.
@@ -94,19 +96,19 @@ class Authenticator:
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
-        """What to announce, in order."""
+        """The mechanisms to announce, in order."""
         by_password = () if self._users is None else self._users.mechanisms
         by_token = () if self._token_verifier is None else ("OAUTHBEARER", "XOAUTH2")
         return by_password + by_token
 
     def begin(self, mechanism: str, turn: Turn | None = None) -> Exchange:
-        """A new exchange.
+        """Begin an exchange.
 
         Args:
-            turn: of the client, to have its credentials verified; None: it need not wait.
+            turn: the client's turn to have its credentials verified; None: it need not wait.
 
         Raises:
-            LocalProtocolError: the mechanism is none of `mechanisms`.
+            LocalProtocolError: the mechanism is not in `mechanisms`.
         """
         users, verifier = self._users, self._token_verifier
         turn = turn or _at_once
@@ -177,7 +179,7 @@ class _LoginExchange:
 
 
 class _ScramExchange:
-    """RFC 5802. Our proof of knowing the keys goes in a last challenge, which the client answers with nothing."""
+    """RFC 5802. Our proof of knowing the keys goes into a last challenge, to which the client's response is empty."""
 
     __slots__ = ("_is_proven", "_name", "_refusals", "_server", "_turn", "_users")
     mechanism = "SCRAM-SHA-256"
@@ -208,7 +210,7 @@ class _ScramExchange:
                 server_final = self._server.get_server_final().encode()
         except self._refusals:
             return Rejected()
-        # No password fits the keys made for an unknown name; still, only a user may come in.
+        # No password fits the keys made for an unknown name; still, only users are accepted.
         self._is_proven = self._users.knows(self._name)
         return Challenge(server_final) if self._is_proven else Rejected()
 

@@ -1,4 +1,4 @@
-"""How often a client address has failed to authenticate: a sliding window in bounded memory."""
+"""Counts of failed logins per client address: a sliding window in bounded memory."""
 
 import ipaddress
 from collections import OrderedDict, deque
@@ -10,12 +10,12 @@ MOST_ADDRESSES: Final = 4096
 class FailureRate:
     """Failed authentications per client address, over a sliding window.
 
-    An IPv6 client is its /64: that is what one customer gets, and within it addresses cost nothing.
+    An IPv6 client is its /64: one customer has at least that, and addresses within it cost nothing.
 
     Args:
-        limit: so many failures within the window are too many.
+        limit: this many failures within the window are too many.
         window_seconds: the window.
-        addresses: how many addresses are kept; beyond that the one that failed longest ago is forgotten.
+        addresses: the most addresses to keep; beyond that the one that failed longest ago is forgotten.
     """
 
     def __init__(self, *, limit: int = 10, window_seconds: float = 60.0, addresses: int = MOST_ADDRESSES) -> None:
@@ -28,7 +28,7 @@ class FailureRate:
         return len(self._failures)
 
     def count(self, host: str, now: float) -> None:
-        """Note a failure of `host` at the moment `now` (seconds of any clock that does not go back)."""
+        """Note a failure of `host` at `now` (seconds of any monotonic clock)."""
         client = network_of(host)
         moments = self._failures.setdefault(client, deque(maxlen=self._limit))
         moments.append(now)
@@ -44,13 +44,13 @@ class FailureRate:
         return moments is not None and len(moments) == self._limit and now - moments[0] < self._window_seconds
 
     def count_of(self, host: str, now: float) -> int:
-        """How often `host` has failed within the window that ends `now`; the limit at most."""
+        """How often `host` has failed within the window that ends `now`, at most the limit."""
         moments = self._failures.get(network_of(host), ())
         return sum(now - moment < self._window_seconds for moment in moments)
 
 
 def network_of(host: str) -> str:
-    """The addresses that one client can use: an IPv4 address, the /64 of an IPv6 address; else `host` itself."""
+    """The addresses that one client can use: an IPv4 address, the /64 of an IPv6 address; otherwise `host` itself."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -1,13 +1,13 @@
-"""Whose turn it is to have a password verified, where somebody guesses.
+"""Turns of clients to have a password verified, which slow down guessers.
 
-One client, as far as it can be distinguished from others, has one password verified at a time: however many connections
-it has, it takes one hashing thread and leaves the rest to others. Once it has failed too often in a minute, it has one
-verified every `GUESS_SECONDS`, right or wrong: if only wrong passwords were delayed, a guesser would not need to wait,
-since silence would be the answer. Those that wait are in line, the fewest failures of their name first; beyond
-`MOST_WAITING` they are refused.
+Each client, as far as it can be told from others, has one password verified at a time: however many connections it has,
+it takes one hashing thread and leaves the rest to others. After too many failures within a minute, it has one verified
+every `GUESS_SECONDS`, right or wrong: if only wrong passwords were delayed, a guesser need not wait, since silence
+would mean wrong. Waiting logins are in line, the fewest failures of their name first; beyond `MOST_WAITING` they are
+refused.
 
-A name that has logged in from there before, and is not itself guessed at, never waits: it may be an application
-beside one that has a wrong password.
+A name that has logged in from there before, and is not being guessed, never waits: it may be an application beside one
+with a wrong password.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from typing import Final
 from otel_smtp.server.failure_rate import FailureRate, network_of
 
 GUESS_SECONDS: Final = 0.2
-"""Five in a second are nothing to a guesser, and some hundredths of a processor."""
+"""Five guesses per second are useless to a guesser, and cost some hundredths of a processor."""
 MOST_WAITING: Final = 64
-"""Waiting costs a guesser more than a refusal does, and costs us less."""
+"""Waiting costs a guesser more than a refusal, and us less."""
 MOST_KNOWN: Final = 4096
 MOST_NAME_CHARACTERS: Final = 255
 
@@ -33,14 +33,14 @@ class TooManyGuesses(Exception):
 class Guesses:
     """Failed logins, and the turns of the clients that make them.
 
-    A guesser is an address, or in words the owner of a socket on this machine.
+    A guesser is an address, or the owner of a socket on this machine, in words.
 
     Args:
-        limit: so many failures within a minute are too many.
+        limit: this many failures within a minute are too many.
     """
 
     def __init__(self, limit: int) -> None:
-        # Of each guesser with a password that is being verified, or was a moment ago: the logins that wait.
+        # The waiting logins of each guesser whose password is being verified, or was a moment ago.
         self._lines: dict[str, list[tuple[str, asyncio.Future[None]]]] = {}
         self._known: OrderedDict[str, None] = OrderedDict()  # guessers and names that logged in
         self.hold_to(limit)
@@ -49,18 +49,18 @@ class Guesses:
         return f"<Guesses of {len(self._failures)}, {len(self._lines)} lines>"
 
     def hold_to(self, limit: int) -> None:
-        """Count from now on, to this limit."""
+        """Apply this limit from now on."""
         self._failures = FailureRate(limit=limit)
 
     def are_too_many(self, guesser: str) -> bool:
-        """Whether it has failed too often."""
+        """Whether the guesser has failed too often."""
         return self._failures.is_exceeded(guesser, asyncio.get_running_loop().time())
 
     def failed(self, guesser: str, name: str) -> None:
         """A login failed."""
         now = asyncio.get_running_loop().time()
         self._failures.count(_login(network_of(guesser), name), now)
-        self._failures.count(guesser, now)  # the later one, so that no number of names has it forgotten
+        self._failures.count(guesser, now)  # the later one, so that trying many names does not make it forgotten
 
     def succeeded(self, guesser: str, name: str) -> None:
         """A login succeeded."""
@@ -72,10 +72,10 @@ class Guesses:
 
     @contextlib.asynccontextmanager
     async def turn(self, guesser: str, name: str) -> AsyncIterator[None]:
-        """Within it the password of `name` is judged.
+        """Wait for a turn; verify the password of `name` inside.
 
         Raises:
-            TooManyGuesses: so many of this guesser wait already.
+            TooManyGuesses: too many logins of this guesser wait already.
         """
         guesser = network_of(guesser)
         login = _login(guesser, name)
@@ -86,7 +86,7 @@ class Guesses:
         try:
             yield
         except asyncio.CancelledError:
-            self.failed(guesser, name)  # gone before the answer, and knew from the silence
+            self.failed(guesser, name)  # gone before the answer, having learned from the silence
             raise
         finally:
             if self.are_too_many(guesser):
@@ -113,8 +113,9 @@ class Guesses:
             raise
 
     def _order(self, guesser: str, waiting: list[tuple[str, asyncio.Future[None]]]) -> None:
-        """Where somebody guesses: who has guessed least goes first, and who is beyond the line's end is sent away. Else
-        all stay, in their order: many applications may log in for the first time at once."""
+        """With a guesser, sort the line by the fewest failures and refuse logins beyond its end. Without one, all stay
+        in order: many applications may log in for the first time at once.
+        """
         if not self.are_too_many(guesser):
             return
         now = asyncio.get_running_loop().time()
@@ -125,7 +126,7 @@ class Guesses:
         del waiting[MOST_WAITING:]
 
     def _next(self, guesser: str) -> None:
-        """The turn is over: it is the next one's."""
+        """The turn is over: give it to the next."""
         waiting = self._lines[guesser]
         self._order(guesser, waiting)
         while waiting:

@@ -1,4 +1,4 @@
-"""The server side as a whole: sockets, the count of connections, and the way they all end."""
+"""The server side as a whole: sockets, the number of connections, and shutdown."""
 
 import asyncio
 import logging
@@ -21,14 +21,14 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import IllegalTransition
 
-# Of those that were accepted before there was need to know whose they are: with each newcomer so many, so that all are
-# known when the places run out, and the event loop is not held up.
+# How many older connections are looked up with each newcomer, so that all owners are known before the places run out,
+# without holding up the event loop.
 NAMED_WITH_EACH: Final = 2
-# So many sessions look at the clock in one turn of the event loop: a tenth of a millisecond.
+# Sessions that look at the clock per turn of the event loop: a tenth of a millisecond.
 LOOKS_A_TURN: Final = 64
-# All of them do so often; at each sweep only those for which something may be due before all do again.
+# How often all of them do; in between, a sweep asks only those for which something may be due before.
 ALL_LOOK_SECONDS: Final = 5.0
-# Two readings of two clocks differ by less. Connections share the offset while the clock is not set.
+# Consecutive readings of two clocks differ by less. Connections share the offset until the clock is set.
 SAME_OFFSET_NS: Final = 10_000
 
 logger: Final = logging.getLogger("otel_smtp.server.listener")
@@ -36,7 +36,7 @@ logger: Final = logging.getLogger("otel_smtp.server.listener")
 
 @dataclass(frozen=True, slots=True)
 class ListenerSpec:
-    """One listener: how it speaks, and where. An address without a port is the path of a unix socket."""
+    """One listener: its policy and address. An address without a port is the path of a unix socket."""
 
     policy: ListenerPolicy
     addresses: tuple[Endpoint, ...]
@@ -49,18 +49,18 @@ class Server:
         listeners: what to listen on.
         forwarder: where accepted mail goes.
         observer: is given every accepted socket, refused ones too.
-        connections: how many at once, over all listeners; see `Places` for how they are shared out.
-        connections_per_client: how many at once from one address that is not loopback.
+        connections: the most at once, over all listeners; see `Places` for how they are shared out.
+        connections_per_client: the most at once from one address, loopback excepted.
         stress_percent: of `connections`; while more are taken, idle ones give way sooner. Postfix shortens its timers
-            when its processes run out; ours, before that.
-        auth_failures_per_minute: failed logins from one address that is not loopback, then it is refused.
+            when its processes run out; we do before that.
+        auth_failures_per_minute: failed logins from one address, loopback excepted, after which it is refused.
         reuse_port: let several processes listen on the same port.
-        segments: where the records of connections are cut.
-        sweep: the process's look at the clock.
+        segments: where to cut the records of connections.
+        sweep: the process's deadline sweep.
 
     Attributes:
         forwarder, observer, segments: see above.
-        guesses: failed logins, and whose turn it is.
+        guesses: failed logins and turns.
         is_draining: the gateway shuts down.
     """
 
@@ -86,10 +86,10 @@ class Server:
         self._sweep = sweep or Sweep()
         self._listening: list[Listener] = []
         self._sessions: dict[Conversation, None] = {}  # in the order in which they were accepted
-        self._soon: dict[Conversation, None] = {}  # those of them that look at the clock at the next sweep
+        self._soon: dict[Conversation, None] = {}  # sessions to check at the next sweep
         self._all_look_at = 0.0  # when all do
         self._places: Places[Conversation] = Places(connections)
-        self._nameless: deque[Conversation] = deque()  # whose they are is still to be asked for
+        self._nameless: deque[Conversation] = deque()  # whose owner is still unknown
         self._names_all = False  # `_nameless` has all of those
         self._line: OrderedDict[Session, float] = OrderedDict()  # newcomers that wait for a place; until when
         self._serves_line = False  # a call that does is under way
@@ -107,7 +107,7 @@ class Server:
             auth_failures_per_minute=auth_failures_per_minute,
             segments=segments or Segments(),
         )
-        self.offer = forwarder.capabilities  # bound once: each session keeps it
+        self.offer = forwarder.capabilities  # bound once, as each session keeps it
 
     def hold_to(
         self,
@@ -119,7 +119,7 @@ class Server:
         auth_failures_per_minute: int,
         segments: Segments,
     ) -> None:
-        """What holds from now on, by the listeners' names. Connections keep the policy under which they were accepted.
+        """Apply new policies, by the listeners' names. Connections keep the policy under which they were accepted.
 
         Args:
             connections, connections_per_client, stress_percent, auth_failures_per_minute, segments: see above.
@@ -134,7 +134,7 @@ class Server:
 
     @property
     def is_stressed(self) -> bool:
-        """Whether so many of the allowed connections are taken that idle ones must give way."""
+        """Whether so many connections are open that idle ones must give way sooner."""
         return len(self._sessions) * 100 > self._limit * self._stress_percent
 
     def open_connections(self) -> Iterator[ConnectionRecord]:
@@ -164,14 +164,15 @@ class Server:
         return bound
 
     def stop_accepting(self) -> None:
-        """Close the listening sockets; open connections go on."""
+        """Close the listening sockets; open connections continue."""
         for listening in self._listening:
             listening.close()
         self._listening.clear()
 
     async def drain(self, grace_seconds: float) -> None:
-        """End all connections: idle ones at once with 421, those in a transaction after it, the rest when the grace is
-        over."""
+        """End all connections: idle ones at once with 421, those in a transaction after it, the rest when the grace
+        period is over.
+        """
         self.is_draining = True
         self.stop_accepting()
         while self._line:
@@ -189,18 +190,18 @@ class Server:
         self._all_ended = asyncio.get_running_loop().create_future()
         await asyncio.wait([self._all_ended], timeout=timeout_seconds)
 
-    # What sessions ask -------------------------------------------------------------------------------------------
+    # Questions of sessions -------------------------------------------------------------------------------------------
 
     def may_authenticate(self, client: Endpoint) -> bool:
-        """Whether this address has not failed to authenticate too often.
+        """Whether this address may authenticate: false after too many failures.
 
-        Loopback and unix sockets always may: they are many applications, and one with a wrong password must not shut
-        the others out. The limit per connection holds for them too, and they have to wait for a turn: see `guesses`.
+        Loopback and unix sockets always may: they stand for many applications, and one with a wrong password must not
+        shut the others out. The limit per connection applies to them too, and they wait for turns: see `guesses`.
         """
         return _countable(client) is None or not self.guesses.are_too_many(client.host)
 
     def admit(self, session: Conversation, client: Endpoint) -> Reply | None:
-        """Count a client that its PROXY header named; the refusal, where it has too many connections."""
+        """Count a client named by its PROXY header; returns the refusal if it has too many connections."""
         host = _countable(client)
         if self._places.are_scarce(len(self._sessions)):
             if session.share:
@@ -217,12 +218,13 @@ class Server:
 
     @staticmethod
     def illegal_step(step: IllegalTransition) -> None:
-        """A state step that the table does not hold: a bug of ours, which costs no client its connection."""
+        """A state step that is not in the table: a bug of ours, which costs no client its connection."""
         logger.error("illegal state step", extra={"from_state": str(step.previous), "to_state": str(step.state)})
 
     def wait_turn(self, session: Conversation) -> None:
-        """Let a session go on later. All that pipeline share one turn in each turn of the event loop, so that they wait
-        for each other, and not the others for them."""
+        """Let a session continue later. All pipelining sessions share one turn per turn of the event loop, so they wait
+        for each other, and no others for them.
+        """
         self._waiting[session] = None
         if not self._gives_turns:
             self._gives_turns = True
@@ -240,7 +242,7 @@ class Server:
                 asyncio.get_running_loop().call_soon(self._give_turn)
 
     def ended(self, session: Conversation) -> None:
-        """A session is over, and its place free. Idempotent."""
+        """A session is over and frees its place. Idempotent."""
         if session not in self._sessions:
             return
         del self._sessions[session]
@@ -264,7 +266,7 @@ class Server:
     async def _listen(self, name: str, address: Endpoint) -> Listener:
         acceptor = self._acceptor(name)
         if address.port is None:
-            if not self._reuse_port:  # else the parent has looked, and our siblings may be there already
+            if not self._reuse_port:  # otherwise the parent has checked, and our siblings may be listening already
                 refuse_served(address)
             return await listen(acceptor, path=address.host)
         return await listen(acceptor, host=address.host, port=address.port, reuse_port=self._reuse_port)
@@ -291,7 +293,7 @@ class Server:
         if abs(wall_offset_ns - self._wall_offset_ns) > SAME_OFFSET_NS:
             self._wall_offset_ns = wall_offset_ns
         session = Session(stream, ConnectionRecord(info, now_ns, self._wall_offset_ns), policy, self)
-        # Behind a balancer the client is not known before its PROXY header; see `admit`.
+        # Behind a balancer the client is unknown before its PROXY header; see `admit`.
         is_proxied = is_in(policy.proxy_protocol_from, stream.peer.host)
         client = None if is_proxied else _countable(stream.peer)
         if not self._places.are_scarce(len(self._sessions)):
@@ -320,7 +322,7 @@ class Server:
         if client is not None:
             self._count(session, client)
         if self.is_stressed and not was_stressed:
-            # Those that are idle give way at once where their shorter time is over already.
+            # Idle ones whose shorter time is already over give way at once.
             self._all_look_at = 0.0
             self._look_at_clock(asyncio.get_running_loop().time())
         session.begin(refusal)
@@ -332,7 +334,7 @@ class Server:
         session.client_counted = client
 
     def _refusal(self, client: str | None) -> Reply | None:
-        """Why a newcomer is refused whether there is a place or not."""
+        """The refusal of a newcomer for a reason other than lack of places."""
         if self.is_draining:
             return replies.SHUTTING_DOWN
         if client is not None and self._per_client[client] >= self._limit_per_client:
@@ -343,7 +345,7 @@ class Server:
     # Places ------------------------------------------------------------------------------------------------------
 
     def _learn_shares(self, newcomer: Conversation, *, is_local: bool) -> None:
-        """Find out whose a newcomer is, and the older ones little by little: before there is no place any more."""
+        """Look up a newcomer's share, and a few older ones', before the places run out."""
         newcomer.learn_share(is_local=is_local)
         if not self._names_all:
             self._names_all = True
@@ -355,7 +357,7 @@ class Server:
                 self._places.add(session.share)
 
     def _make_room(self, newcomer: Session, before: int) -> Admittance:
-        """Let a newcomer have a place, if there is one, or another connection gives way to it."""
+        """Give a newcomer a free place, or that of a connection that gives way."""
         now = asyncio.get_running_loop().time()
         judged = self._places.judge(newcomer, self._sessions, before, now)
         if isinstance(judged, Admittance):
@@ -370,7 +372,7 @@ class Server:
             asyncio.get_running_loop().call_soon(self._serve_line)
 
     def _serve_line(self) -> None:
-        """Take in those that wait, in their order, as far as there are places."""
+        """Admit waiting newcomers, in order, while there are places."""
         self._serves_line = False
         now = asyncio.get_running_loop().time()
         while self._line:
@@ -396,7 +398,7 @@ class Server:
         self._look_at(deque(looking), now, self._all_look_at)
 
     def _look_at(self, left: deque[Conversation], now: float, until: float) -> None:
-        """Have some sessions look at the clock; the others do in the next turns, so that mail goes on meanwhile."""
+        """Let some sessions look at the clock, and the others in the next turns, so that mail continues meanwhile."""
         for _ in range(min(len(left), LOOKS_A_TURN)):
             session = left.popleft()
             if session.look_at_clock(now, until):
@@ -408,7 +410,7 @@ class Server:
 
 
 def _countable(peer: Endpoint) -> str | None:
-    """The address that connections are counted by; None for loopback and unix sockets, which are never limited."""
+    """The address under which connections are counted; None for loopback and unix sockets, which are never limited."""
     if peer.port is None or is_loopback(peer.host):
         return None
     return peer.host

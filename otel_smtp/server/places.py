@@ -1,17 +1,17 @@
-"""Which clients get the connections that may be open at once, where not all can. Decides; does no I/O.
+"""Sharing out the connections that may be open at once among clients. Decides; does no I/O.
 
-Each connection belongs to a *share*: the connections of one client, as far as it can be distinguished from others. For
-a client on this machine that is the owner of its socket, for any other its address. While places are free, shares do
-not matter. When all are taken,
+Each connection belongs to a *share*: the connections of one client, as far as it can be told from others. A client on
+this machine is identified by the owner of its socket, any other by its address. While places are free, shares do not
+matter. When all are taken,
 
-* a newcomer whose share has fewer than another replaces a connection of that other, of the largest share first. The one
-  that gives way is the one least missed: idle rather than in the middle of a mail, and idle for the longest. So a share
-  keeps its part of all, and a client without a connection gets one at once. Clients elsewhere take no places of clients
-  on this machine.
-* a newcomer on this machine of a share that has its part already replaces a connection that does nothing: it has moved
-  no mail, and is silent. It may be the only application there is, with a part of it that opens connections and forgets
-  them. Once that has happened, newcomers wait a moment for such a place, one after the other, instead of being refused:
-  a client that opens connections as fast as they are closed waits in line with all others.
+* a newcomer whose share has fewer than another replaces a connection of that other, of the largest share first. The
+  least useful one gives way: idle rather than in the middle of a mail, and idle for the longest. So every share keeps
+  its part, and a client without a connection gets one at once. Clients elsewhere take no places from clients on this
+  machine.
+* a newcomer on this machine whose share already has its part replaces a connection that does nothing: one that has
+  moved no mail, and is silent. It may be the only application, with a component that opens connections and forgets
+  them. After that, newcomers wait a moment for such a place, one after the other, instead of being refused: a client
+  that opens connections as fast as they are closed waits in line with all others.
 * any other is refused.
 
 A connection whose mail is complete, or that waits for our answer, never gives way.
@@ -23,41 +23,42 @@ from enum import Enum, IntEnum, auto
 from typing import Final, Generic, Protocol, TypeVar
 
 RIPE_SECONDS: Final = 1.0
-"""A connection that has moved no mail, and has said nothing for so long, does nothing."""
+"""A connection that has moved no mail, and has been silent for this long, does nothing."""
 RIPE_AGE_SECONDS: Final = 10.0
-"""Nor does one that has moved no mail in so long, whatever it says."""
+"""So does one that has moved no mail for this long, even if it talks."""
 LEAST_CONNECTIONS: Final = 16
-"""Where fewer may be open, each counts, and none is taken from its own share."""
+"""With fewer places each one counts, and none is taken from its own share."""
 IN_LINE_SECONDS: Final = 2.0
-"""How long a newcomer waits at most. A client waits five minutes for a greeting (RFC 5321 4.5.3.2.1); one that was
-written for this relay perhaps some seconds."""
+"""The longest wait of a newcomer. A client waits five minutes for a greeting (RFC 5321 4.5.3.2.1), a simple application
+perhaps only some seconds.
+"""
 LINE_SECONDS: Final = 10.0
 """How long newcomers wait in line after a place was taken from its own share."""
 LINE_PART: Final = 8
-"""As many as this part of the connections may wait."""
+"""The part of the connections that may wait."""
 
 
 class Standing(IntEnum):
-    """What would be lost with a connection, the least first."""
+    """The loss if a connection gives way, smallest first."""
 
-    IDLE = 0  # it is the client's turn, and no mail is open; or nothing at all
+    IDLE = 0  # it is the client's turn, and no mail is open
     OPEN = 1  # a mail is open, and it is the client's turn
     CONTENT = 2  # it is sending content
     OURS = 3  # it waits for us: it stays
 
 
 class PlaceHolder(Protocol):
-    """A connection, as far as this decides about it.
+    """A connection, as far as its place depends on it.
 
     Attributes:
-        share: the one that it belongs to; "" until that is looked up.
+        share: the one that it belongs to; "" until looked up.
     """
 
     share: str
 
     @property
     def is_local(self) -> bool:
-        """Whether its client is on this machine; asked where its share is known."""
+        """Whether its client is on this machine; asked only once its share is known."""
         ...
 
     @property
@@ -71,7 +72,7 @@ class PlaceHolder(Protocol):
         ...
 
     def idle_seconds(self, now: float) -> float:
-        """Since it was last answered, or was opened."""
+        """Since its last reply, or since it was opened."""
         ...
 
     def age_seconds(self, now: float) -> float:
@@ -83,10 +84,10 @@ P = TypeVar("P", bound=PlaceHolder)
 
 
 class Admittance(Enum):
-    """What becomes of a newcomer where no connection gives way."""
+    """The fate of a newcomer if no connection gives way."""
 
     ADMIT = auto()
-    WAIT = auto()  # in line: ask again when something has changed
+    WAIT = auto()  # in line: ask again after a change
     REFUSE = auto()
 
 
@@ -94,7 +95,7 @@ class Places(Generic[P]):
     """The places of all connections.
 
     Attributes:
-        most: so many connections may be open at once.
+        most: the most connections open at once.
     """
 
     __slots__ = ("_counts", "_line_until", "_no_idler_until", "most")
@@ -114,15 +115,15 @@ class Places(Generic[P]):
         return self.most // LINE_PART if self.most >= LEAST_CONNECTIONS else 0
 
     def are_scarce(self, taken: int) -> bool:
-        """Whether so many are taken that it is time to know whose they are."""
+        """Whether so many are taken that their owners must be looked up."""
         return 2 * taken >= self.most
 
     def add(self, share: str) -> None:
-        """A connection of that share has a place."""
+        """A connection of this share has taken a place."""
         self._counts[share] += 1
 
     def remove(self, share: str) -> None:
-        """One that was added is over."""
+        """A connection of this share has ended."""
         self._counts[share] -= 1
         if not self._counts[share]:
             del self._counts[share]
@@ -131,11 +132,11 @@ class Places(Generic[P]):
         """Whether a newcomer gets a place.
 
         Args:
-            held: the connections that have one, in the order in which they came.
+            held: the connections that have one, oldest first.
             before: how many wait in line before it.
 
         Returns:
-            The connection that gives way to it, where one does.
+            The connection that gives way to it, if one does.
         """
         is_line_open = before < self.most_in_line
         if len(held) < self.most:
@@ -167,11 +168,11 @@ class Places(Generic[P]):
         return None
 
     def _idler(self, held: Collection[P], now: float) -> P | None:
-        """The one on this machine that has done nothing for the longest, if that is long enough."""
+        """The connection on this machine that has done nothing for the longest, if that is long enough."""
         if now < self._no_idler_until:
             return None
         found: P | None = None
-        soonest = RIPE_SECONDS  # those that do something now
+        soonest = RIPE_SECONDS  # connections that are busy now
         for place in held:
             if place.is_local and not place.has_moved_mail and place.standing in (Standing.IDLE, Standing.OPEN):
                 idle_seconds = place.idle_seconds(now)

@@ -1,4 +1,4 @@
-"""What holds for the sessions of a listener, and what they ask of the server that they belong to."""
+"""The policy of a listener's sessions, and the interface of the server to which they belong."""
 
 import ipaddress
 import ssl
@@ -27,7 +27,7 @@ class ServerTimeouts:
     """Deadlines towards clients, in seconds.
 
     Attributes:
-        command: from the last reply to the end of the next command line (RFC 5321 4.5.3.2.7 asks for 300).
+        command: from the last reply to the end of the next command line (RFC 5321 4.5.3.2.7 demands 300).
         command_under_stress: the same, while most of the allowed connections are taken.
         data: a whole DATA or BDAT exchange.
         tls_handshake: one handshake.
@@ -44,17 +44,17 @@ class ServerTimeouts:
 
     @property
     def shortest(self) -> float:
-        """Whatever a client begins to say has at least so long."""
+        """The least time that any input of a client has."""
         return min(self.command, self.command_under_stress, self.data)
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Where a connection's record is cut into segments, each of which observers are given as a whole.
+    """Where to cut a connection's record into segments, which observers get one at a time.
 
     Attributes:
-        transitions: so many end a segment.
-        age_seconds: so does this age; so that a long connection is seen while it lives.
+        transitions: the number that ends a segment.
+        age_seconds: the age that ends a segment, so that a long connection is visible while it is open.
     """
 
     transitions: int = 500
@@ -63,13 +63,13 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class ListenerPolicy:
-    """What holds for every connection of one listener.
+    """The policy for every connection of one listener.
 
     Attributes:
-        tls_context: for its handshakes; None where it speaks no TLS.
+        tls_context: for its handshakes; None without TLS.
         allow: networks that may relay without AUTH; unix sockets always may.
-        proxy_protocol_from: networks whose PROXY header is required and believed.
-        trace_in_reply: the final 250, and whatever refuses MAIL, RCPT or content, names the trace.
+        proxy_protocol_from: networks whose PROXY header is required and trusted.
+        trace_in_reply: the final 250, and refusals of MAIL, RCPT or content, name the trace.
         names_client: our Received field names the client: its greeting and its address.
     """
 
@@ -85,7 +85,7 @@ class ListenerPolicy:
 
 
 class House(Protocol):
-    """What a session asks of the server that it belongs to: what all sessions share."""
+    """The server as its sessions see it: the state that all of them share."""
 
     @property
     def forwarder(self) -> Forwarder:
@@ -99,7 +99,7 @@ class House(Protocol):
 
     @property
     def segments(self) -> Segments:
-        """Where records are cut."""
+        """Where to cut records."""
         ...
 
     @property
@@ -113,7 +113,7 @@ class House(Protocol):
         ...
 
     def offer(self) -> Extensions:
-        """What the forwarder can promise now; the same object while nothing changes."""
+        """The extensions that the forwarder can promise now; the same object while nothing changes."""
         ...
 
     def admit(self, session: "Conversation", client: Endpoint) -> Reply | None:
@@ -121,20 +121,20 @@ class House(Protocol):
         ...
 
     def may_authenticate(self, client: Endpoint) -> bool:
-        """Whether this address has not failed to authenticate too often."""
+        """Whether this address may authenticate: false after too many failures."""
         ...
 
     @property
     def guesses(self) -> Guesses:
-        """Failed logins, and whose turn it is to have a password judged."""
+        """Failed logins, and turns to have a password verified."""
         ...
 
     def illegal_step(self, step: IllegalTransition) -> None:
-        """A state step that the table does not hold."""
+        """A state step that is not in the table."""
         ...
 
     def wait_turn(self, session: "Conversation") -> None:
-        """Call `session.take_turn` in a later turn of the event loop, behind the sessions that wait already."""
+        """Call `session.take_turn` in a later turn of the event loop, behind the sessions already waiting."""
         ...
 
     def ended(self, session: "Conversation") -> None:
@@ -150,9 +150,9 @@ def is_in(networks: Sequence[Network], host: str) -> bool:
     return address is not None and any(address in network for network in networks if network.version == address.version)
 
 
-@lru_cache(maxsize=1024)  # clients come back, and reading an address takes as long as all else of an accept
+@lru_cache(maxsize=1024)  # clients return, and parsing an address takes as long as the rest of an accept
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The IP address `host`, that of IPv4 where it is mapped; None where it is none."""
+    """The IP address `host`, as IPv4 if it is mapped; None if it is none."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -161,5 +161,5 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host`, the address of a peer as sockets and PROXY headers give it, is this machine's loopback."""
+    """Whether `host`, a peer's address from a socket or a PROXY header, is a loopback address."""
     return host == "::1" or host.startswith(("127.", "::ffff:127."))

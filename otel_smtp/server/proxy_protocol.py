@@ -1,10 +1,10 @@
 """The PROXY header, versions 1 and 2: the client behind a load balancer (haproxy's proxy-protocol.txt).
 
-Pure: octets in, a header out. Whether a peer's header is required and believed is the listener's decision; a header
-from anybody else must never be parsed, or every client could choose its own address.
+Pure: octets in, a header out. The listener decides from which peers a header is required and trusted; a header from any
+other peer must never be parsed, or every client could choose its own address.
 
-Input is bounded: version 1 by its own 107 octets, version 2 by `MAX_V2_OCTETS`. Additional fields (TLVs) of
-version 2 are passed over.
+Input is bounded: version 1 by its own 107 octets, version 2 by `MAX_V2_OCTETS`. Additional fields (TLVs) of version 2
+are skipped.
 """
 
 import ipaddress
@@ -19,11 +19,12 @@ MAX_V1_OCTETS: Final = 107
 """The longest header of version 1 (section 2.1), CRLF included."""
 
 MAX_V2_OCTETS: Final = 4096
-"""Our bound on a version 2 header. The addresses take 232; the rest is room for additional fields, which a proxy that
-passes TLS details fills with some hundred octets. The field itself could say 65551."""
+"""Our bound on a version 2 header. The addresses take 232; the rest is room for additional fields, some hundred octets
+from a proxy that passes TLS details. The length field itself allows 65551.
+"""
 
 SHORTEST_HEADER_OCTETS: Final = 15
-"""``PROXY UNKNOWN`` CRLF: so much can be read at once without touching what stands behind the header."""
+"""``PROXY UNKNOWN`` CRLF: this much can be read at once without reading beyond any header."""
 
 _V1_START: Final = b"PROXY "
 _V2_SIGNATURE: Final = b"\r\n\r\n\x00\r\nQUIT\n"
@@ -41,9 +42,9 @@ class ProxyHeader:
     """A complete header.
 
     Attributes:
-        source: the client; None where the proxy speaks for itself (LOCAL, a health check) or does not know (UNKNOWN):
-            then the connection's own peer counts. An IPv4 address in IPv6 clothes is given as IPv4.
-        destination: what the client connected to; None together with `source`.
+        source: the client; None if the proxy speaks for itself (LOCAL, a health check) or does not know (UNKNOWN): then
+            the connection's own peer counts. An IPv4-mapped IPv6 address is given as IPv4.
+        destination: the address that the client connected to; None together with `source`.
         rest: octets behind the header, which belong to the session.
     """
 
@@ -62,7 +63,7 @@ class ProxyHeaderParser:
 
     @property
     def octets_wanted(self) -> int:
-        """How many octets the header surely still has: reading that many takes nothing of what stands behind it."""
+        """How many more octets the header has at least: reading that many never reads beyond it."""
         have = len(self._octets)
         if have < SHORTEST_HEADER_OCTETS:
             return SHORTEST_HEADER_OCTETS - have
@@ -77,7 +78,8 @@ class ProxyHeaderParser:
             The header, once it is complete; None: more is needed.
 
         Raises:
-            ProxyProtocolError: this is, or begins, no PROXY header, or one beyond the bounds. Close the connection.
+            ProxyProtocolError: this is not a PROXY header or its beginning, or exceeds the bounds. Close the
+                connection.
         """
         octets = self._octets = self._octets + data
         if octets.startswith(_V2_SIGNATURE):

@@ -1,6 +1,6 @@
 """One client connection: a stream, the protocol engine, a forwarder, and the deadlines between them.
 
-The way of a mail, seen from here::
+The path of a mail through a session::
 
     client octets -> data_received -> ServerProtocol -> mail_requested       -> forwarder.begin
                                                         recipients_requested -> transaction.recipients
@@ -8,18 +8,18 @@ The way of a mail, seen from here::
                                                                                 and the header block; the body
                      replies, one write <- _step      <-            the decisions, at once or by a call back later
 
-All of it happens in plain calls: within the call in which the transport delivers the octets, or the upstream's answer.
-Every such call from outside is a `_step`: it begins with the time, and what is decided in it is written at its end,
-after what observers are to know has been recorded. Content that comes in pieces is received by `header_received`,
-`content_received` and `content_ended`, and forwarded by `content`, `write` and `finish`. Coroutines are left to what is
-rare: PROXY headers, TLS handshakes, AUTH, and a gentle end.
+All of it happens in plain calls, within the call in which the transport delivers the octets, or the upstream's answer.
+Every such call from outside is a `_step`: it begins with the time and ends by writing the replies, after everything for
+observers has been recorded. Content that comes in pieces is received by `header_received`, `content_received` and
+`content_ended`, and forwarded by `content`, `write` and `finish`. Only rare work is done in coroutines: PROXY headers,
+TLS handshakes, AUTH, and a gentle end.
 
-Reading stops, so that what a client sends stays with the kernel, for each of these reasons: the forwarder takes the
-content slower than it comes, a decision is awaited and more has come already, the client does not read its replies, or
-it has pipelined more than its turn. That bounds the octets that the engine holds.
+Reading stops, so that further octets stay in the kernel, for each of these reasons: the forwarder takes content slower
+than it comes, a decision is awaited and more has come already, the client does not read its replies, or it has
+pipelined more than its turn. This bounds the octets that the engine holds.
 
 The client may vanish at any moment. Before its content is complete the transaction is aborted, and nothing is relayed.
-After that the delivery goes on to its end, so that its outcome is known and recorded, and only the reply is lost.
+After that the delivery continues to its end, so that its outcome is recorded, and only the reply is lost.
 
 The class is written in layers: `conversation` (the turns of stream and engine, time, the end), `admission` (the
 client's identity), and the transaction, here.
@@ -53,13 +53,13 @@ class Session(Admission):
 
     Args:
         stream: the accepted connection.
-        record: what observers will know of it; nothing has been recorded yet.
-        policy: how its listener speaks.
+        record: its record for observers, still empty.
+        policy: its listener's.
         house: the server.
 
     Attributes:
-        record: see above; it grows as things happen.
-        client_counted: the address that this session is counted under, where it is; the server's own note.
+        record: see above; it grows with the session.
+        client_counted: the address under which the server counts this session, if it does; set by the server.
     """
 
     __slots__ = ()
@@ -120,10 +120,10 @@ class Session(Admission):
         transaction = self._transaction
         batch, self._batch = self._batch, ()
         if transaction is None or not batch:
-            return  # the transaction was given up while the upstream was asked
+            return  # the transaction was given up before the upstream's answer
         protocol = self._protocol
         protocol.now_ns = now_ns = time.monotonic_ns()
-        for recipient, reply in zip(batch, decided, strict=False):  # whether they are as many, the engine judges
+        for recipient, reply in zip(batch, decided, strict=False):  # the engine checks their number
             if reply.code < 300:
                 transaction.accepted.append(recipient)
             else:
@@ -139,11 +139,12 @@ class Session(Admission):
         self._transaction.refuse(recipient, reply, self._protocol.now_ns)
 
     def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
-        """See `Handler`: with the id of its trace. Before there is a header block that is the
-        connection's: it holds the Error event."""
+        """See `Handler`: adds the trace id. Before there is a header block that is the connection's trace, which has
+        the Error event.
+        """
         if not self._policy.trace_in_reply:
             return reply
-        # A reply out of turn belongs to no message; the last one's id may still be set.
+        # A reply out of turn belongs to no message, though the last one's id may still be set.
         trace_id = self._trace_id if is_of_content and reply.error_type is not ErrorType.SEQUENCE else None
         if trace_id is None:
             trace_id = trace_fields(self._house.observer.connection_carrier(self.record)).get("trace_id")
@@ -179,13 +180,13 @@ class Session(Admission):
         self.content_received(self._headed(block, facts))
 
     def _headed(self, block: bytes, facts: HeaderFacts) -> bytes:
-        """Note what the header block says; the block with our Received field."""
+        """Note the facts of the header block; returns the block with our Received field."""
         transaction = self._transaction
         assert transaction is not None
         _, traceparents, tracestate, transaction.message_id = facts
         has_trace = traceparents or tracestate
         transaction.trace_headers = TraceHeaders(traceparents, tracestate) if has_trace else _NO_TRACE
-        # Our Received field (RFC 5321 4.4); its head is the same for all messages of a session but those of SMTPUTF8.
+        # Our Received field (RFC 5321 4.4); its head is the same for all messages of a session except SMTPUTF8 ones.
         head = self._received_head
         if head is None or transaction.mail.smtputf8:
             head = self._make_received_head(is_utf8=transaction.mail.smtputf8)
@@ -197,7 +198,7 @@ class Session(Admission):
     def content_received(self, data: bytes) -> None:
         """See `Handler`."""
         if self._failed_content is not None:
-            return  # the client is read to its end all the same
+            return  # the client's content is read to its end all the same
         forwarded = self._forwarded
         assert forwarded is not None
         try:
@@ -227,7 +228,7 @@ class Session(Admission):
         assert forwarded is not None
         transaction.octets = octets
         if self._pauses:
-            self._content_resumed()  # there is no more of it to hold back
+            self._content_resumed()  # there is no more content to hold back
         if self._failed_content is None:
             try:
                 forwarded.finish(self._message_answered)
@@ -282,12 +283,12 @@ class Session(Admission):
         self._content_resumed()
         outcome = Outcome.ABORTED if reply is None else outcome_of(reply)
         if reply is None and not transaction.accepted and transaction.refused:
-            # No recipient was left, so there was no mail to send: the last refusal is how it ended.
+            # No recipient was left, so there was no mail to send: the last refusal decides the outcome.
             reply = transaction.refused[-1].reply
             assert reply is not None
             outcome = outcome_of(reply)
         try:
-            forwarded.abort()  # first, so that its attempts are over with it
+            forwarded.abort()  # first, so that its attempts end with it
         except Exception:  # noqa: BLE001 - logged there
             self._log_forwarder("abort")
         if reply is not None:
@@ -322,7 +323,7 @@ class Session(Admission):
 
 
 def outcome_of(reply: Reply) -> Outcome:
-    """How a transaction ended whose final reply is `reply`."""
+    """The outcome of a transaction with the final reply `reply`."""
     if 200 <= reply.code < 300:
         return Outcome.RELAYED
     if reply.error_type is ErrorType.OUTCOME_UNKNOWN:

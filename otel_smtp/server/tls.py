@@ -16,10 +16,10 @@ class CertificateError(Exception):
 
 
 def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """What makes the TLS side of one listener.
+    """Make the TLS context of a listener.
 
-    Each listener has its own: a context encrypts session tickets with keys of its own, so a session that was made on
-    one listener cannot be resumed on another whose policy is another.
+    Each listener has its own: a context encrypts session tickets with its own keys, so a session from one listener
+    cannot be resumed on another with a different policy.
 
     Args:
         certificate: PEM file with the certificate and the chain up to the authority, the certificate first.
@@ -30,7 +30,7 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     require_modern_tls(context)
-    # A client could make us do endless handshakes on one connection; TLS 1.3 has none, and 1.2 needs none.
+    # Renegotiation would let a client cause endless handshakes on one connection; TLS 1.3 has none, and 1.2 needs none.
     context.options |= ssl.OP_NO_RENEGOTIATION
     try:
         if key.stat().st_mode & stat.S_IROTH:
@@ -42,5 +42,5 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 def _refuse_passphrase() -> NoReturn:
-    # Without this OpenSSL would ask on the terminal and hold the whole process.
+    # Without this OpenSSL would prompt on the terminal and block the whole process.
     raise ValueError("the key is protected by a passphrase")

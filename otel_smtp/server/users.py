@@ -1,18 +1,18 @@
-"""The users that may authenticate: the users file.
+"""The users file: users that may authenticate.
 
-The users file is UTF-8 text, a user a line, ``NAME:HASH``; blank lines and lines that begin with ``#`` are passed over.
+The users file is UTF-8 text, one user per line, ``NAME:HASH``; blank lines and lines that begin with ``#`` are skipped.
 HASH is one of
 
-* ``$argon2id$v=19$m=...,t=...,p=...$SALT$HASH`` (the PHC string that argon2 tools write): the harder one to guess if
-  the file is stolen; it serves PLAIN and LOGIN;
+* ``$argon2id$v=19$m=...,t=...,p=...$SALT$HASH`` (the PHC string that argon2 tools write): harder to guess if the file
+  is stolen; serves PLAIN and LOGIN;
 * ``SCRAM-SHA-256$ITERATIONS:SALT$STOREDKEY:SERVERKEY`` (RFC 5803 with SHA-256, as PostgreSQL keeps it): serves
-  SCRAM-SHA-256, PLAIN and LOGIN, and the password itself is in no place but the user's.
+  SCRAM-SHA-256, PLAIN and LOGIN; with SCRAM only the user ever has the password.
 
-SCRAM-SHA-256 is announced only if every user has the second kind: clients prefer it, and would fail with the first.
+SCRAM-SHA-256 is announced only if every user has the second kind: clients prefer SCRAM, and would fail with the first.
 
-An unknown name costs what a known one with a wrong password costs: a real hash, of the parameters that most users have,
-is computed and compared. Nothing that blocks runs on the event loop, and hashing is bounded in threads, so that a
-crowd of guessers can take neither the loop nor the memory.
+An unknown name takes as long as a known one with a wrong password: a real hash, with the parameters of most users, is
+computed and compared. Nothing that blocks runs on the event loop, and the number of hashing threads is bounded, so a
+crowd of guessers can exhaust neither the loop nor the memory.
 """
 
 import asyncio
@@ -48,17 +48,17 @@ from otel_smtp.smtp.sasl import (
 logger: Final = logging.getLogger("otel_smtp.server.users")
 
 SCRAM_ITERATIONS: Final = 15_000
-"""RFC 7677 4 asks for at least 4096; MongoDB's default, some milliseconds for a client."""
+"""RFC 7677 4 demands at least 4096; this is MongoDB's default, some milliseconds for a client."""
 
 MAX_SCRAM_ITERATIONS: Final = 1_000_000
-"""A line that asks for more would hold a hashing thread for seconds at each PLAIN."""
+"""More would occupy a hashing thread for seconds at each PLAIN."""
 
 MAX_ARGON2_KIB: Final = 1024 * 1024
-"""A GiB, for one check; the strongest advice of RFC 9106 4 is two of them, which is no size for a relay."""
+"""One GiB per check; the strongest recommendation of RFC 9106 4 is two, too much for a relay."""
 
 HASHING_THREADS: Final = 2
 HASHING_NICENESS: Final = 10
-"""Hashes at once: 19 MiB each with our own parameters, in a process that may be a sidecar of 128 MiB."""
+"""Concurrent hashes: 19 MiB each with our own parameters, in a process that may be a sidecar of 128 MiB."""
 
 # OWASP's and RFC 9106's advice for machines without memory to spare: 19 MiB, two passes, one lane; some 25 ms.
 _HASHER: Final = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
@@ -68,19 +68,19 @@ _SCRAM_LINE = re.compile(r"SCRAM-SHA-256\$([0-9]{4,7}):([^$:]+)\$([^$:]+):([^$:]
 
 
 class Proof(Protocol):
-    """The hash or keys that a user's password is checked against."""
+    """The hash or keys against which a user's password is checked."""
 
     def is_proven_by(self, password: str) -> bool:
-        """Whether `password` is the one; takes milliseconds by design, so never on the event loop."""
+        """Whether `password` is right; takes milliseconds by design, so never call it on the event loop."""
         ...
 
-    def like_this(self) -> "Proof":
-        """Another one of the same cost, that no password proves."""
+    def decoy(self) -> "Proof":
+        """A proof of the same cost that no password satisfies."""
         ...
 
     @property
     def cost(self) -> str:
-        """What its check costs: equal for equal cost."""
+        """The cost of a check, as a value that is equal for equal cost."""
         ...
 
 
@@ -97,7 +97,7 @@ class Argon2Hash:
         except argon2.exceptions.VerifyMismatchError:
             return False
 
-    def like_this(self) -> "Argon2Hash":
+    def decoy(self) -> "Argon2Hash":
         """See `Proof`."""
         parameters = argon2.extract_parameters(self.phc)
         return Argon2Hash(argon2.PasswordHasher.from_parameters(parameters).hash(secrets.token_hex()))
@@ -110,7 +110,7 @@ class Argon2Hash:
 
 @dataclass(frozen=True, slots=True)
 class ScramKeys:
-    """What a SCRAM-SHA-256 server keeps of a password (RFC 5802 3)."""
+    """The keys that a SCRAM-SHA-256 server stores (RFC 5802 3)."""
 
     iterations: int
     salt: bytes = field(repr=False)
@@ -125,7 +125,7 @@ class ScramKeys:
             return False
         return hmac.compare_digest(stored_key, self.stored_key)
 
-    def like_this(self) -> "ScramKeys":
+    def decoy(self) -> "ScramKeys":
         """See `Proof`."""
         return ScramKeys(
             self.iterations, secrets.token_bytes(len(self.salt)), secrets.token_bytes(32), secrets.token_bytes(32)
@@ -138,7 +138,7 @@ class ScramKeys:
 
 
 class Users:
-    """The users of a listener and the check of their passwords.
+    """The users of a listener, with their password checks.
 
     Args:
         proofs: by name, as `prepare_name` has it.
@@ -146,14 +146,14 @@ class Users:
 
     def __init__(self, proofs: Mapping[str, Proof]) -> None:
         self._proofs = dict(proofs)
-        self._stranger = _typical(list(self._proofs.values())).like_this()
-        # A digest of what was right last, per user and under a key that dies with the process: the second AUTH of an
-        # application costs microseconds, a wrong guess the full hash.
+        self._stranger = _typical(list(self._proofs.values())).decoy()
+        # Per user, a digest of the last right password, under a key that dies with the process: an application's second
+        # AUTH costs microseconds, a wrong guess the full hash.
         self._proven: dict[str, bytes] = {}
         self._proven_key = secrets.token_bytes(32)
         self._threads = ThreadPoolExecutor(HASHING_THREADS, "otel-smtp-passwords", initializer=_give_way)
-        # From the file, not from chance: the salts that strangers are shown must not change from one connection, or
-        # one worker process, to the next, or they could be distinguished from users'.
+        # Derived from the file, not random: salts for unknown names must not change between connections or worker
+        # processes, or they could be told from users'.
         secret = hashlib.sha256(b"strangers")
         for name, proof in sorted(self._proofs.items()):
             secret.update(f"{name}\0{proof.server_key.hex() if isinstance(proof, ScramKeys) else ''}\0".encode())
@@ -164,13 +164,13 @@ class Users:
 
     @property
     def mechanisms(self) -> tuple[str, ...]:
-        """What every user can authenticate by, the best first."""
+        """The mechanisms that work for every user, the best first."""
         if self._proofs and all(isinstance(proof, ScramKeys) for proof in self._proofs.values()):
             return ("SCRAM-SHA-256", "PLAIN", "LOGIN")
         return ("PLAIN", "LOGIN")
 
     async def has(self, credentials: Password) -> bool:
-        """Whether there is a user of that name and with that password."""
+        """Whether there is a user with this name and password."""
         name, password = credentials.name, credentials.password
         digest = hashlib.blake2b(f"{name}\0{password}".encode(), key=self._proven_key).digest()
         if hmac.compare_digest(self._proven.get(name, b""), digest):
@@ -183,11 +183,11 @@ class Users:
         return True
 
     def knows(self, name: str) -> bool:
-        """Whether there is a user of that name. Never let a client see the answer."""
+        """Whether there is a user of this name. Never let a client learn the answer."""
         return name in self._proofs
 
     def scram_keys(self, name: str) -> ScramKeys:
-        """The keys of a user; for anybody else keys that look the same each time, and that no password fits."""
+        """The keys of a user; for any other name, stable keys that no password fits."""
         stranger_keys = self._stranger_keys(name)
         keys = self._proofs.get(name)
         return keys if isinstance(keys, ScramKeys) else stranger_keys
@@ -203,9 +203,9 @@ class Users:
 
 
 def _give_way() -> None:
-    """Let the mail go first where there are too few processors for both. On Linux this is of the thread alone."""
+    """Lower the priority, so that mail goes first on few processors. On Linux this affects only the thread."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a unit that filters system calls, as ours, may not allow it
+        with contextlib.suppress(OSError):  # a unit that filters system calls, like ours, may forbid it
             os.nice(HASHING_NICENESS)
 
 
@@ -240,20 +240,20 @@ def load_users(path: str | Path) -> Users:
 
 
 def users_line(name: str, password: str, *, scram: bool = False) -> str:
-    """A line for the users file, without its line end.
+    """Make a line for the users file, without its line end.
 
     Args:
         scram: keep SCRAM-SHA-256 keys instead of an argon2id hash.
 
     Raises:
-        ValueError: that name cannot stand in the file, or that password cannot be sent.
+        ValueError: the file cannot hold the name, or no client can send the password.
     """
     name = _checked_name(name)
     if not password or "\0" in password:
         raise ValueError("a password is not empty and holds no NUL")
     try:
         password.encode()
-    except UnicodeEncodeError:  # octets that were no UTF-8 when they were read
+    except UnicodeEncodeError:  # input that was not UTF-8
         raise ValueError("the password is not UTF-8, as which clients send it (RFC 4616 2)") from None
     if not scram:
         return f"{name}:{_HASHER.hash(_prepared(password))}"
@@ -299,7 +299,7 @@ def _checked_name(name: str) -> str:
 
 
 def _typical(proofs: list[Proof]) -> Proof:
-    """One of the proofs that cost what most of them cost."""
+    """A proof with the most frequent cost."""
     if not proofs:
         return Argon2Hash(_HASHER.hash(secrets.token_hex()))
     costs = [proof.cost for proof in proofs]
