@@ -37,7 +37,7 @@ class _Proof:
     def is_proven_by(self, password: str) -> bool:
         return password == "secret"
 
-    def like_this(self) -> "_Proof":
+    def decoy(self) -> "_Proof":
         return self
 
 

@@ -911,7 +911,7 @@ class Known:
     def is_proven_by(self, password: str) -> bool:
         return password == self.password
 
-    def like_this(self) -> "Known":
+    def decoy(self) -> "Known":
         return Known("nobody's")
 
     @property

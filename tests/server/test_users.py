@@ -152,7 +152,7 @@ class CountedProof:
         self.checks.append((self.cost, password, threading.current_thread().name))
         return password == self.password
 
-    def like_this(self) -> "CountedProof":
+    def decoy(self) -> "CountedProof":
         return CountedProof(None, self.cost, self.checks)
 
 
@@ -193,7 +193,7 @@ async def test_what_was_right_before_is_known_and_what_is_wrong_is_checked_each_
 def test_the_stand_in_for_a_stranger_is_a_real_hash() -> None:
     # A malformed one would fail at once and give the stranger away.
     for proof in (Argon2Hash(PHC), ScramKeys(4096, bytes(16), bytes(32), bytes(32))):
-        other = proof.like_this()
+        other = proof.decoy()
         assert other != proof
         assert other.cost == proof.cost
         assert not other.is_proven_by("x")
@@ -234,7 +234,7 @@ class _SlowProof:
             self.at_once -= 1
         return False
 
-    def like_this(self) -> "_SlowProof":
+    def decoy(self) -> "_SlowProof":
         return self
 
 
