@@ -284,9 +284,16 @@ LEDGER: Final = (
     Bound(
         _COLLECTOR,
         "octets of a collector's answer",
-        ("otel_smtp.telemetry.collector.MAX_REPLY_OCTETS",),
+        ("otel_smtp.telemetry.exchange_bounds.MAX_REPLY_OCTETS",),
         "closed",
-        "tests/telemetry/test_collector.py::test_a_head_that_drips_is_cut_off_at_the_deadline",
+        "tests/telemetry/test_collector.py::test_an_answer_that_floods_us_is_left",
+    ),
+    Bound(
+        _COLLECTOR,
+        "pieces in which a collector's answer may come",
+        ("otel_smtp.telemetry.exchange_bounds.MAX_REPLY_PIECES",),
+        "closed",
+        "tests/telemetry/test_collector.py::test_an_answer_in_countless_pieces_is_left",
     ),
     # Receivers of outcomes
     Bound(

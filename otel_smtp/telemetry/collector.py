@@ -1,8 +1,8 @@
 """The collector: how a batch reaches it over http/protobuf or grpc, and what its answer means.
 
 A collector is somebody else's program at the end of a network. Its answer may never come, never end, be nonsense, or
-redirect us. So an answer is bounded in octets and in time, redirects are not followed (they would take the operator's
-headers, and with them a key, to another host), and of an unreadable answer only the status counts.
+redirect us. So an answer is bounded in octets, in pieces and in time, redirects are not followed (they would take the
+operator's headers, and with them a key, to another host), and of an unreadable answer only the status counts.
 
 A collector's constructor imports its library. The exporting thread calls it: relaying mail needs neither library.
 """
@@ -13,12 +13,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum, auto
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 from typing import Protocol as Interface
 from urllib.parse import urlsplit
 
-from otel_smtp.telemetry.deadline import ExchangeDeadline
+from otel_smtp.telemetry.exchange_bounds import MAX_REPLY_OCTETS, MAX_REPLY_PIECES, AnswerTooLong, ExchangeBounds
 from otel_smtp.telemetry.export_failures import grpc_failure, http_failure, no_answer_within
 from otel_smtp.telemetry.redaction import clean
 
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
     import grpc
     import httpx
 
-MAX_REPLY_OCTETS: Final = 64 * 1024  # a count and a line of text are a hundred octets
 # OTLP/HTTP, "Retryable Response Codes".
 _RETRYABLE_STATUSES: Final = frozenset({429, 502, 503, 504})
 # OTLP/gRPC, "Failures"; RESOURCE_EXHAUSTED only with a RetryInfo.
 _RETRYABLE_CODES: Final = frozenset(
     {"CANCELLED", "DEADLINE_EXCEEDED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS"}
 )
+_NO_ANSWER: Final = "DEADLINE_EXCEEDED"
 # The usual answers of success: nothing, or a partial success with all fields zero.
 _ALL_TAKEN: Final = (b"", b"\x0a\x00")
 _PIECE_OCTETS: Final = 128 * 1024
@@ -172,7 +173,7 @@ class HttpCollector:
             **dict(settings.headers),
         }
         self._errors = (httpx.HTTPError, httpx.InvalidURL, OSError)
-        self._deadline = ExchangeDeadline()
+        self._bounds = ExchangeBounds()
         self._client = httpx.Client(
             verify=tls_context(settings) if self._url.startswith("https:") else False,
             limits=httpx.Limits(max_connections=1, keepalive_expiry=_KEEP_ALIVE_SECONDS),
@@ -187,22 +188,23 @@ class HttpCollector:
         response: httpx.Response | None = None
         try:
             with (
-                self._deadline.over_exchange(deadline),
+                self._bounds.over_exchange(deadline),
                 self._client.stream(
                     "POST",
                     self._url,
                     content=_pieces(body),
                     headers={**self._headers, "content-length": str(sum(map(len, body)))},
                     timeout=timeout_seconds,
-                    extensions={"trace": self._deadline.note},
+                    extensions={"trace": self._bounds.note},
                 ) as response,
             ):
-                reply = _bounded(response, deadline) if response.is_success else b""
+                reply = _bounded(response) if response.is_success else b""
         except self._errors as error:
-            if not self._deadline.has_passed:
-                return CollectorAnswer(BatchOutcome.AGAIN, http_failure(error, timeout_seconds))
-            if response is None:
-                return CollectorAnswer(BatchOutcome.AGAIN, no_answer_within(timeout_seconds))
+            has_ended_it = self._bounds.has_passed or isinstance(error, AnswerTooLong)
+            if response is None or not has_ended_it:
+                is_late = self._bounds.has_passed
+                why = no_answer_within(timeout_seconds) if is_late else http_failure(error, timeout_seconds)
+                return CollectorAnswer(BatchOutcome.AGAIN, why)
         if response.is_success:
             return _taken(reply)
         status = str(response.status_code)
@@ -215,7 +217,7 @@ class HttpCollector:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
-        self._deadline.close()
+        self._bounds.close()
 
 
 class GrpcCollector:
@@ -226,34 +228,47 @@ class GrpcCollector:
         import grpc
 
         self._rpc_error = grpc.RpcError
-        target = urlsplit(settings.endpoint).netloc or settings.endpoint
-        compression = grpc.Compression[
+        self._target = urlsplit(settings.endpoint).netloc or settings.endpoint
+        self._compression = grpc.Compression[
             {Compression.NONE: "NoCompression", Compression.GZIP: "Gzip", Compression.DEFLATE: "Deflate"}[
                 settings.compression
             ]
         ]
-        options = (
+        self._options = (
             ("grpc.primary_user_agent", settings.user_agent),
             ("grpc.max_receive_message_length", MAX_REPLY_OCTETS),
             # The default waits up to two minutes before it reconnects to a collector that is long back.
             ("grpc.max_reconnect_backoff_ms", 5000),
         )
-        if settings.is_insecure:
-            self._channel = grpc.insecure_channel(target, options=options, compression=compression)
-        else:
-            self._channel = grpc.secure_channel(
-                target, _grpc_credentials(settings), options=options, compression=compression
-            )
+        self._credentials = None if settings.is_insecure else _grpc_credentials(settings)
         self._metadata = tuple((name.lower(), value) for name, value in settings.headers)
-        self._export: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_EXPORTS[settings.signal])
+        self._method = _EXPORTS[settings.signal]
+        self._channel: grpc.Channel | None = None
+        self._export: grpc.UnaryUnaryMultiCallable[bytes, bytes]
 
     def send(self, request: Sequence[bytes], timeout_seconds: float) -> CollectorAnswer:
         """Call Export."""
+        if self._channel is None:
+            self._channel = self._new_channel()
+            self._export = self._channel.unary_unary(self._method)
         try:
             reply = self._export(b"".join(request), timeout=timeout_seconds, metadata=self._metadata)
         except self._rpc_error as error:
-            return self._failed(error, timeout_seconds)
+            answer = self._failed(error, timeout_seconds)
+            if answer.status == _NO_ANSWER:
+                # A connection that a firewall has forgotten would else be found out after a quarter of an hour.
+                self.close()
+            return answer
         return _taken(reply)
+
+    def _new_channel(self) -> "grpc.Channel":
+        import grpc
+
+        if self._credentials is None:
+            return grpc.insecure_channel(self._target, options=self._options, compression=self._compression)
+        return grpc.secure_channel(
+            self._target, self._credentials, options=self._options, compression=self._compression
+        )
 
     @staticmethod
     def _failed(error: "grpc.RpcError", timeout_seconds: float) -> CollectorAnswer:
@@ -267,7 +282,9 @@ class GrpcCollector:
 
     def close(self) -> None:
         """Close the channel."""
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
 
 def tls_context(settings: CollectorSettings) -> "ssl.SSLContext":
@@ -319,15 +336,9 @@ def _pieces(request: Sequence[bytes]) -> Iterator[bytes]:
         yield b"".join(piece)
 
 
-def _bounded(response: "httpx.Response", deadline: float) -> bytes:
-    """The reply's body; b"" if it is too long or late."""
-    body = bytearray()
-    for chunk in response.iter_raw():
-        body += chunk
-        # The library's timeout is per read: one octet every nine seconds would keep us without end.
-        if len(body) > MAX_REPLY_OCTETS or time.monotonic() > deadline:
-            return b""
-    return bytes(body)
+def _bounded(response: "httpx.Response") -> bytes:
+    """The reply's body, as far as it is read: each of its chunks costs as much as a read."""
+    return b"".join(islice(response.iter_raw(), MAX_REPLY_PIECES))
 
 
 def _taken(reply: bytes) -> CollectorAnswer:

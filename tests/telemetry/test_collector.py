@@ -3,10 +3,11 @@
 import contextlib
 import gzip
 import socket
+import ssl
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -21,7 +22,6 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 
 from otel_smtp.telemetry.collector import (
-    MAX_REPLY_OCTETS,
     BatchOutcome,
     CollectorAnswer,
     CollectorSettings,
@@ -31,6 +31,7 @@ from otel_smtp.telemetry.collector import (
     connect,
     retry_after_seconds,
 )
+from otel_smtp.telemetry.exchange_bounds import MAX_REPLY_OCTETS, MAX_REPLY_PIECES
 from tests.support.otlp_receiver import OtlpReceiver
 
 WAIT_SECONDS = 10.0
@@ -38,8 +39,9 @@ Play = Callable[[socket.socket], None]
 
 
 @contextmanager
-def playing(play: Play) -> Iterator[str]:
+def playing(play: Play, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """A server that reads one request on each connection, then does `play`; gives its URL."""
+    scheme = "http" if tls is None else "https"
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -48,7 +50,7 @@ def playing(play: Play) -> Iterator[str]:
                     connection, _ = listener.accept()
                 except OSError:
                     return
-                with connection:
+                with connection if tls is None else tls.wrap_socket(connection, server_side=True) as connection:
                     read = b""
                     while b"\r\n\r\n" not in read:
                         read += connection.recv(65536)
@@ -59,7 +61,7 @@ def playing(play: Play) -> Iterator[str]:
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1/traces"
+        yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/v1/traces"
         listener.shutdown(socket.SHUT_RDWR)
     thread.join(WAIT_SECONDS)
 
@@ -126,7 +128,7 @@ MEANINGS = [
     (
         "header without end",
         saying(b"HTTP/1.1 200 OK\r\nx: " + b"x" * 300_000),
-        CollectorAnswer(BatchOutcome.AGAIN, "Receive buffer too long"),
+        CollectorAnswer(BatchOutcome.AGAIN, "answer without end"),
     ),
 ]
 
@@ -159,6 +161,122 @@ def test_an_endless_answer_is_left() -> None:
     with playing(pour) as url:
         assert ask(url) == TAKEN
         assert sent.wait(WAIT_SECONDS)
+
+
+ENDLESS = CollectorAnswer(BatchOutcome.AGAIN, "answer without end")
+FLOODS = [
+    ("interim answers", b"", b"HTTP/1.1 100 Continue\r\n\r\n", ENDLESS),
+    ("headers", b"HTTP/1.1 200 OK\r\n", b"a: b\r\n", ENDLESS),
+    ("body", b"HTTP/1.1 200 OK\r\n\r\n", b"\x0a\x00", TAKEN),
+    ("trailers", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"a: b\r\n", TAKEN),
+    ("refusal", b"HTTP/1.1 400 No\r\n\r\n", b"x", CollectorAnswer(BatchOutcome.REJECTED, "HTTP 400", status="400")),
+]
+
+
+@pytest.mark.parametrize(("begin", "flood", "meaning"), [row[1:] for row in FLOODS], ids=[row[0] for row in FLOODS])
+def test_an_answer_that_floods_us_is_left(begin: bytes, flood: bytes, meaning: CollectorAnswer) -> None:
+    left = threading.Event()
+
+    def pour(connection: socket.socket) -> None:
+        try:
+            connection.sendall(begin)
+            while True:
+                connection.sendall(flood * (MAX_REPLY_OCTETS // len(flood)))
+        finally:
+            left.set()
+
+    with playing(pour) as url:
+        # Patience that outlasts the test: it is not the deadline that ends it.
+        assert ask(url, 10 * WAIT_SECONDS) == meaning
+        assert left.wait(WAIT_SECONDS)
+
+
+def in_chunks(body: bytes, pieces: int) -> Sequence[bytes]:
+    """An answer whose body comes in so many chunks."""
+    size = -(-len(body) // pieces)
+    chunks = [body[start : start + size] for start in range(0, len(body), size)]
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return [head, *(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks), b"0\r\n\r\n"]
+
+
+SLOW_TO_READ = partial(3, "x" * 2 * MAX_REPLY_PIECES)
+IN_PIECES = CollectorAnswer(BatchOutcome.TAKEN, "x" * 256, rejected=3)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "meaning"),
+    [(MAX_REPLY_PIECES // 2, IN_PIECES), (2 * MAX_REPLY_PIECES, TAKEN)],
+    ids=["some", "countless"],
+)
+def test_an_answer_in_countless_pieces_is_left(chunks: int, meaning: CollectorAnswer) -> None:
+    with playing(saying(b"".join(in_chunks(SLOW_TO_READ, chunks)))) as url:
+        assert ask(url) == meaning
+
+
+@pytest.mark.parametrize(
+    ("records", "meaning"),
+    [(MAX_REPLY_PIECES // 2, TAKEN), (2 * MAX_REPLY_PIECES, ENDLESS)],
+    ids=["some", "countless"],
+)
+def test_an_answer_in_countless_records_of_tls_is_left(records: int, meaning: CollectorAnswer, tmp_path: Path) -> None:
+    authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+
+    def drop_by_drop(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 ")
+        for _ in range(records):
+            connection.sendall(b"O")
+        connection.sendall(b"\r\nContent-Length: 0\r\n\r\n")
+
+    with playing(drop_by_drop, tls) as url:
+        collector = connect(CollectorSettings(url, certificate=str(tmp_path / "ca.pem")))
+        assert collector.send([], WAIT_SECONDS) == meaning
+        collector.close()
+
+
+def test_over_grpc_a_connection_on_which_no_answer_came_is_not_used_again() -> None:
+    connections = 0
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            nonlocal connections
+            for _ in range(2):
+                connection, _ = listener.accept()
+                connections += 1
+                with connection, contextlib.suppress(OSError):
+                    connection.sendall(b"\0\0\0\4\0\0\0\0\0")  # SETTINGS
+                    while connection.recv(65536):
+                        pass
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        collector = connect(CollectorSettings(address, protocol=Protocol.GRPC))
+        for _ in range(2):
+            assert collector.send([], 0.5) == CollectorAnswer(
+                BatchOutcome.AGAIN, "no answer within 0.5 s", status="DEADLINE_EXCEEDED"
+            )
+        thread.join(WAIT_SECONDS)  # it has seen the end of both
+        assert not thread.is_alive()
+        assert connections == 2
+        collector.close()
+
+
+def test_each_answer_over_a_kept_connection_has_the_bounds_for_itself() -> None:
+    long = reply(partial(1, "x" * (MAX_REPLY_OCTETS // 2)))
+
+    def thrice(connection: socket.socket) -> None:
+        for _ in range(3):
+            long(connection)
+            connection.recv(65536)
+
+    with playing(thrice) as url:
+        collector = connect(CollectorSettings(url))
+        for _ in range(3):
+            assert collector.send([], WAIT_SECONDS) == CollectorAnswer(BatchOutcome.TAKEN, "x" * 256, rejected=1)
+        collector.close()
 
 
 def test_an_answer_that_drips_is_left_when_its_time_is_over() -> None:
@@ -351,7 +469,6 @@ def test_a_certificate_that_cannot_be_read_is_an_os_error(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("trusts", [True, False])
 def test_the_collectors_certificate_is_verified_and_ours_shown(tmp_path: Path, trusts: bool) -> None:
-    import ssl
 
     authority, stranger = trustme.CA(), trustme.CA()
     certificate, ours = authority.issue_cert("127.0.0.1"), authority.issue_cert("gw.example.com")

@@ -1,8 +1,12 @@
-"""One deadline over a whole exchange, for a blocking HTTP client whose timeouts are per read and per write.
+"""Bounds on a whole exchange, for a blocking HTTP client whose timeouts are per read and per write.
 
 A peer that sends one octet every nine seconds never runs into a timeout of ten: it can keep a thread without end with a
 status line or a header. Nothing in the thread that waits can end that. So a second thread shuts the connection down
 when the time is over; the one that waits sees a connection that was lost.
+
+One that floods us within its time costs more: interim answers, headers or chunks without end are parsed by a thread
+that mail shares the interpreter with. So what is read of an answer is bounded in octets and in pieces, wherever the
+library is in it.
 
 The client reports its connection through the `trace` extension of httpx. The watch keeps a descriptor of its own for
 it, as TLS detaches the first one.
@@ -13,17 +17,29 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
+MAX_REPLY_OCTETS: Final = 64 * 1024  # head and body; a count and a line of text are a hundred octets
+# An answer comes in two or three: over a poor network in one for each segment, of at least 536 octets.
+MAX_REPLY_PIECES: Final = 256
+
 _CONNECTED: Final = "connection.connect_tcp.complete"
+_ENCRYPTED: Final = "connection.start_tls.complete"
+
+_Read = Callable[[int, float | None], bytes]
 
 
-class ExchangeDeadline:
-    """Shuts a connection down when the time for an exchange over it is over. For one exchange at a time.
+class AnswerTooLong(OSError):
+    """An answer is longer than one that is read, or comes in more pieces."""
+
+
+class ExchangeBounds:
+    """Shuts a connection down when the time for an exchange over it is over, and ends an answer that is too long. For
+    one exchange at a time.
 
     Its thread starts with the first exchange and sleeps until a deadline that it knows; exchanges that end in time cost
-    two assignments, and no wake-up.
+    a few assignments, and no wake-up.
     """
 
     def __init__(self) -> None:
@@ -34,6 +50,7 @@ class ExchangeDeadline:
         self._has_passed = False
         self._is_closed = False
         self._thread: threading.Thread | None = None
+        self._octets = self._pieces = 0  # of its answer, so far
 
     @property
     def has_passed(self) -> bool:
@@ -44,8 +61,10 @@ class ExchangeDeadline:
     def over_exchange(self, at: float) -> Iterator[None]:
         """Cut off what happens on the connection meanwhile, at `at` by the monotonic clock.
 
-        Connections that are made meanwhile count, if their `trace` extension is `note`.
+        Connections that are made meanwhile count, if their `trace` extension is `note`. What is read of their answer
+        beyond the bounds raises `AnswerTooLong`.
         """
+        self._octets = self._pieces = 0
         with self._changed:
             self._has_passed = False
             self._at = at
@@ -61,16 +80,13 @@ class ExchangeDeadline:
 
     def note(self, event: str, information: Mapping[str, Any]) -> None:
         """The `trace` extension of a request: keep the connection that it makes."""
-        if event != _CONNECTED:
+        if event not in (_CONNECTED, _ENCRYPTED):
             return
-        connected: socket.socket = information["return_value"].get_extra_info("socket")
-        own = socket.socket(fileno=os.dup(connected.fileno()))
-        with self._changed:
-            before, self._socket = self._socket, own
-            if self._has_passed:
-                _shut_down(own)
-        if before is not None:
-            before.close()
+        stream = information["return_value"]
+        if event == _CONNECTED:
+            self._keep(stream.get_extra_info("socket"))
+        read: _Read = stream.read
+        stream.read = lambda most, timeout=None: self._noted(read(most, timeout))
 
     def close(self) -> None:
         """End the thread."""
@@ -80,6 +96,22 @@ class ExchangeDeadline:
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
+
+    def _keep(self, connected: socket.socket) -> None:
+        own = socket.socket(fileno=os.dup(connected.fileno()))
+        with self._changed:
+            before, self._socket = self._socket, own
+            if self._has_passed:
+                _shut_down(own)
+        if before is not None:
+            before.close()
+
+    def _noted(self, piece: bytes) -> bytes:
+        self._octets += len(piece)
+        self._pieces += 1
+        if self._octets > MAX_REPLY_OCTETS or self._pieces > MAX_REPLY_PIECES:
+            raise AnswerTooLong("answer without end")
+        return piece
 
     def _watch(self) -> None:
         with self._changed:
