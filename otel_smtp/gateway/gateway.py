@@ -188,7 +188,7 @@ class Gateway:
             ],
             forwarder,
             self._observer,
-            reuse_port=process is not None,
+            inherited=None if process is None else process.sockets,
             sweep=self._sweep,
             **wiring.admission(settings),
         )
@@ -348,7 +348,7 @@ class Gateway:
         """
         if self._status_port is not None:
             await self._status_port.stop()
-        self._server.stop_accepting()
+        await self._server.leave_ports()
         await asyncio.sleep(NEWCOMERS_SECONDS)
 
     async def _catch_up(self) -> None:

@@ -1,19 +1,23 @@
 """The addresses of a gateway before its rooms bind them: what this machine has, and ports that processes share.
 
-The kernel spreads connections over several processes only where each binds the same port with SO_REUSEPORT. So the
-parent picks the ports and holds them, bound and not listening, while its workers start.
+The kernel spreads connections over several processes only where each listens on a socket of its own that is bound to
+the same port with SO_REUSEPORT. So the parent binds as many as there are places for workers, and each worker listens on
+those of its place. The parent keeps them, too: what waits in the kernel to be accepted outlives a worker, and its
+successor accepts it. A unix socket is one for all workers: whichever is free accepts.
 """
 
 import contextlib
 import logging
+import os
 import socket
-from collections.abc import Iterator, Sequence
-from typing import Final
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 
 from otel_smtp.config import Settings
-from otel_smtp.net import CannotListen, refuse_served
+from otel_smtp.net import CannotListen, refuse_served, remove_unix_path
 from otel_smtp.observing import Endpoint
 
 logger: Final = logging.getLogger("otel_smtp.gateway.ports")
@@ -39,6 +43,8 @@ class SharedPorts:
 
     def __init__(self, settings: Settings) -> None:
         self._held: list[socket.socket] = []
+        self._listeners: dict[Endpoint, list[Sequence[socket.socket]]] = {}  # by address and place
+        self._paths: list[tuple[str, int]] = []  # of unix sockets, and their inodes
         try:
             with naming_settings(settings):
                 self.settings = self._with_listener_ports(self._with_status_port(settings))
@@ -58,28 +64,79 @@ class SharedPorts:
         self._close()
 
     def _close(self) -> None:
+        self.close_listeners()
         for sock in self._held:
             sock.close()
 
+    def claim(self, place: int) -> Mapping[Endpoint, Sequence[socket.socket]]:
+        """The sockets of a worker's place, by the listeners' addresses. In its process it keeps no others."""
+        for places in self._listeners.values():
+            for other, sockets in enumerate(places):
+                if other != place:
+                    _close_all(set(sockets) - set(places[place]))
+        return {address: places[place] for address, places in self._listeners.items()}
+
+    def stop_listening(self, place: int) -> None:
+        """No worker will accept at this place for a while: clients come to the other places until one listens there."""
+        for places in self._listeners.values():
+            for sock in places[place]:
+                if sock.family != socket.AF_UNIX:  # that is the others', too
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RD)
+
+    def close_listeners(self) -> None:
+        """The gateway stops: only what its workers still accept is accepted. Idempotent."""
+        for places in self._listeners.values():
+            for sockets in places:
+                _close_all(sockets)
+        self._listeners.clear()
+        while self._paths:
+            remove_unix_path(*self._paths.pop())
+
     def _with_listener_ports(self, settings: Settings) -> Settings:
         listeners = tuple(
-            msgspec.structs.replace(listener, address=tuple(self._hold_alone(address) for address in listener.address))
+            msgspec.structs.replace(
+                listener, address=tuple(self._listen_at(address, settings.workers) for address in listener.address)
+            )
             for listener in settings.listener
         )
         return msgspec.structs.replace(settings, listener=listeners)
 
-    def _hold_alone(self, address: Endpoint) -> Endpoint:
-        """`_hold`, if no other process serves the address: a port that any process of this user may share would be
-        shared with another gateway, too, and each would get some of the clients.
+    def _listen_at(self, address: Endpoint, places: int) -> Endpoint:
+        """Bind an address for each place, if no other process serves it: a port that any process of this user may share
+        would be shared with another gateway, too, and each would get some of the clients.
 
         Raises:
             CannotListen: somebody does.
         """
         if address.port is None:
             refuse_served(address)
-        elif address.port:
-            bind(address).close()
-        return self._hold(address)
+            shared = [self._bound_path(address)]
+            self._listeners[address] = [shared] * places
+            return address
+        # Alone, to see that it is free. A port that the kernel chooses is kept while ours are bound to it by number: a
+        # socket that has it by the kernel's choice loses it when it stops listening.
+        with bind(address, is_shared=not address.port) as first:
+            if address.port:
+                first.close()
+            address = Endpoint(address.host, address.port or first.getsockname()[1])
+            bound: list[Sequence[socket.socket]] = []
+            self._listeners[address] = bound
+            bound.extend(bind_all(address) for _ in range(places))
+        return address
+
+    def _bound_path(self, address: Endpoint) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISSOCK(os.stat(address.host).st_mode):
+                    os.unlink(address.host)  # a killed process left it behind
+            sock.bind(address.host)
+        except OSError as error:
+            sock.close()
+            raise CannotListen(address, error) from error
+        self._paths.append((address.host, os.stat(address.host).st_ino))
+        return sock
 
     def _with_status_port(self, settings: Settings) -> Settings:
         address = settings.status.address
@@ -104,12 +161,30 @@ class SharedPorts:
         return [address.port for address in held if address.port is not None]
 
     def _hold(self, address: Endpoint, *, is_dual_stack: bool = False) -> Endpoint:
-        """Bind an address for as long as this object is in use; a unix socket's path is left to the workers."""
-        if address.port is None:
-            return address
+        """Bind an address, without listening, for as long as this object is in use."""
         sock = bind(address, is_shared=True, is_dual_stack=is_dual_stack)
         self._held.append(sock)
         return Endpoint(address.host, sock.getsockname()[1])
+
+
+def _close_all(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
+
+
+def bind_all(address: Endpoint) -> Sequence[socket.socket]:
+    """Bind a socket that is shared (SO_REUSEPORT) to each address of a host: a name may have several.
+
+    Raises:
+        CannotListen: one of them cannot be bound.
+    """
+    bound: list[socket.socket] = []
+    try:
+        bound.extend(_bound(resolved, is_shared=True, is_dual_stack=False) for resolved in _resolved(address))
+    except OSError as error:
+        _close_all(bound)
+        raise CannotListen(address, error) from error
+    return bound
 
 
 def bind(address: Endpoint, *, is_shared: bool = False, is_dual_stack: bool = False) -> socket.socket:
@@ -124,15 +199,21 @@ def bind(address: Endpoint, *, is_shared: bool = False, is_dual_stack: bool = Fa
         CannotListen: the address cannot be bound, or its host has none.
     """
     try:
-        return _bound(address, is_shared=is_shared, is_dual_stack=is_dual_stack)
+        return _bound(_resolved(address)[0], is_shared=is_shared, is_dual_stack=is_dual_stack)
     except OSError as error:
         raise CannotListen(address, error) from error
 
 
-def _bound(address: Endpoint, *, is_shared: bool, is_dual_stack: bool) -> socket.socket:
-    family, kind, protocol, _, name = socket.getaddrinfo(
-        address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
+_Resolved = tuple[socket.AddressFamily, socket.SocketKind, int, Any]
+
+
+def _resolved(address: Endpoint) -> Sequence[_Resolved]:
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return [(family, kind, protocol, name) for family, kind, protocol, _, name in found]
+
+
+def _bound(resolved: _Resolved, *, is_shared: bool, is_dual_stack: bool) -> socket.socket:
+    family, kind, protocol, name = resolved
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -96,7 +96,8 @@ def _supervise(settings: Settings, on_ready: OnReady, read_settings: ReadSetting
         manager = ServiceManager(os.environ.get("NOTIFY_SOCKET"))
 
         def work(number: int, announce: Callable[[], None]) -> int:
-            process = Process(number, shared.worker_status_ports, token, ceilings, limits, slots)
+            sockets = shared.claim(number)
+            process = Process(number, shared.worker_status_ports, token, sockets, ceilings, limits, slots)
             serving = serve(
                 shared.settings,
                 lambda _: announce(),
@@ -119,6 +120,8 @@ def _supervise(settings: Settings, on_ready: OnReady, read_settings: ReadSetting
             work,
             on_ready=announce_all,
             on_reload=partial(manager.through_reload, reloading.again),
+            on_unserved=shared.stop_listening,
+            on_stop=shared.close_listeners,
             grace_seconds=settings.timeouts.shutdown_grace,
         ).run()
 

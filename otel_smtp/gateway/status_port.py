@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -36,6 +37,7 @@ class Process(NamedTuple):
         number: from 0. The first one has the operator's status port and asks the others for their status.
         status_ports: by number, where each process serves its status on the loopback. The first's is not used.
         token: the secret by which they authenticate to each other.
+        sockets: that this one listens on, by the listeners' addresses.
         limits, slots: that they keep together; None: each keeps them alone.
         ceilings: what they learn of the upstreams' connection caps; None: that is not shared.
     """
@@ -43,6 +45,7 @@ class Process(NamedTuple):
     number: int
     status_ports: Sequence[int]
     token: str
+    sockets: Mapping[Endpoint, Sequence[socket.socket]]
     ceilings: SharedCeilings | None = None
     limits: SharedLimits | None = None
     slots: SharedSlots | None = None

@@ -130,6 +130,14 @@ class Workforce(Protocol):
         """Signal a process that has not been reported as ended."""
         ...
 
+    def leave_unserved(self, place: int) -> None:
+        """No worker will serve at a place for a while: clients must not wait for one."""
+        ...
+
+    def stop_serving(self) -> None:
+        """All workers are about to be told to end."""
+        ...
+
 
 class Supervision:
     """Decides about `count` workers.
@@ -217,6 +225,7 @@ class Supervision:
                 self._workforce.send(worker.process_id, AT_ONCE)
             return
         self.is_stopping = True
+        self._workforce.stop_serving()
         for worker in self._workers.values():
             self._tell(worker, _E.STOP, number, now)
 
@@ -313,4 +322,6 @@ class Supervision:
         delay = self._delays.get(place, FIRST_RESTART_SECONDS)
         self._delays[place] = min(delay * 2, LONGEST_RESTART_SECONDS)
         self._not_before[place] = now + delay
+        if delay > FIRST_RESTART_SECONDS and self._is_vacant(place):
+            self._workforce.leave_unserved(place)
         return delay

@@ -62,6 +62,8 @@ class Supervisor:
         work: run by each in its own process.
         on_ready: called once in the parent, when all workers are ready.
         on_reload: called in the parent on SIGHUP, before the workers get it.
+        on_unserved: called in the parent with the number of a worker that has died and will not be back soon.
+        on_stop: called in the parent when the workers are to end, before they hear of it.
         grace_seconds: how long a worker may drain.
     """
 
@@ -72,11 +74,15 @@ class Supervisor:
         *,
         on_ready: Callable[[], None],
         on_reload: Callable[[], object] = lambda: None,
+        on_unserved: Callable[[int], object] = lambda _: None,
+        on_stop: Callable[[], object] = lambda: None,
         grace_seconds: float = float("inf"),
     ) -> None:
         self._work = work
         self._on_ready = on_ready
         self._on_reload = on_reload
+        self._on_unserved = on_unserved
+        self._on_stop = on_stop
         self._supervision = Supervision(count, self, drain_seconds=grace_seconds + END_SECONDS)
         self._starting: dict[int, int] = {}  # pipe that reports readiness -> process id
         self._selector = selectors.DefaultSelector()
@@ -152,6 +158,14 @@ class Supervisor:
         """Signal a worker."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(process_id, number)
+
+    def leave_unserved(self, place: int) -> None:
+        """No worker will serve at a place for a while."""
+        self._on_unserved(place)
+
+    def stop_serving(self) -> None:
+        """All workers are about to be told to end."""
+        self._on_stop()
 
     def _become_worker(self, place: int, writer: int) -> NoReturn:
         status = 1

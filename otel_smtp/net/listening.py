@@ -4,7 +4,8 @@ import asyncio
 import errno
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final
 
@@ -16,6 +17,8 @@ BACKLOG: Final = 1024  # capped by net.core.somaxconn; a burst of clients must n
 # asyncio accepts a whole backlog of connections (since CPython 3.14 one more) before it serves the first. Connections
 # that we refuse at once would all be open together, and 300 of them exhaust a process that may open 256 files.
 ACCEPTS_AT_ONCE: Final = 4
+# Since CPython 3.13 a loop removes the path of any unix socket that it closes.
+_KEEPING_THE_PATH: Final[Mapping[str, Any]] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 
 class CannotListen(OSError):
@@ -48,26 +51,78 @@ class Listener:
         addresses: where it listens, with the ports that the kernel chose.
     """
 
-    __slots__ = ("_server", "_unix", "addresses")
+    __slots__ = ("_factory", "_is_inherited", "_server", "_unix", "addresses")
 
-    def __init__(self, server: asyncio.Server, addresses: Sequence[Endpoint], unix: tuple[str, int] | None) -> None:
+    def __init__(
+        self,
+        server: asyncio.Server,
+        factory: Callable[[], Stream],
+        unix: tuple[str, int] | None,
+        *,
+        is_inherited: bool,
+    ) -> None:
         self._server = server
+        self._factory = factory
         self._unix = unix  # path and inode
-        self.addresses = tuple(addresses)
+        self._is_inherited = is_inherited
+        self.addresses = tuple(endpoint(listening.getsockname()) for listening in server.sockets)
 
     def __repr__(self) -> str:
         return f"<Listener {', '.join(map(str, self.addresses))}>"
 
-    def close(self) -> None:
-        """Stop accepting; open connections stay open. Removes a unix socket's path if it is still ours. Idempotent."""
-        self._server.close()
-        if self._unix is not None:
-            path, inode = self._unix
-            self._unix = None
-            # A successor may have put its own socket there already.
+    async def close(self) -> None:
+        """Stop listening; open connections stay open. Removes a unix socket's path if it is still ours. Idempotent.
+
+        First accepts the connections that the kernel has completed, which it would reset.
+        """
+        self._remove_path()
+        held = [socket.socket(fileno=os.dup(listening.fileno())) for listening in self._server.sockets]
+        await self.leave()
+        waiting: list[socket.socket] = []
+        for sock in held:
+            with sock:
+                waiting += _accept_waiting(sock)
+                if self._is_inherited and sock.family != socket.AF_UNIX:
+                    # The parent keeps this socket open: clients would wait there for nobody.
+                    with suppress(OSError):
+                        sock.shutdown(socket.SHUT_RD)
+        loop = asyncio.get_running_loop()
+        for client in waiting:
             with suppress(OSError):
-                if os.stat(path).st_ino == inode:
-                    os.unlink(path)
+                await loop.connect_accepted_socket(self._factory, client)
+
+    async def leave(self) -> None:
+        """Stop accepting in this process; a successor accepts on the same socket what waits there. Idempotent."""
+        loop = asyncio.get_running_loop()
+        for listening in self._server.sockets:
+            loop.remove_reader(listening.fileno())  # asyncio's; uvloop has none
+        # Asyncio makes the transport of an accepted connection one turn later, and drops it if the server is closed.
+        await asyncio.sleep(0)
+        self._server.close()
+
+    def _remove_path(self) -> None:
+        if self._unix is not None:
+            remove_unix_path(*self._unix)
+            self._unix = None
+
+
+def _accept_waiting(sock: socket.socket) -> list[socket.socket]:
+    """Accept the connections that the kernel has completed, while there are descriptors for them."""
+    accepted: list[socket.socket] = []
+    while True:
+        try:
+            accepted.append(sock.accept()[0])
+        except ConnectionAbortedError:
+            continue
+        except OSError:
+            return accepted
+
+
+def remove_unix_path(path: str, inode: int) -> None:
+    """Remove the path of a unix socket, unless a successor has put its own socket there."""
+    with suppress(OSError):
+        if os.stat(path).st_ino == inode:
+            os.unlink(path)
 
 
 async def listen(
@@ -77,7 +132,6 @@ async def listen(
     port: int = 0,
     path: str | None = None,
     sock: socket.socket | None = None,
-    reuse_port: bool = False,
     backlog: int = BACKLOG,
 ) -> Listener:
     """Listen at `host` and `port`, at the unix socket `path`, or on the bound socket `sock`: one of the three.
@@ -87,13 +141,13 @@ async def listen(
             stream. For implicit TLS it calls `start_tls` at once; octets that the client sent meanwhile are not lost if
             `pause_reading` is called first.
         port: 0 lets the kernel choose; see `Listener.addresses`.
-        reuse_port: several processes share the port (SO_REUSEPORT).
+        sock: inherited from a parent, which keeps it, too, and removes the path of a unix socket.
 
     Raises:
         CannotListen: the address cannot be bound.
     """
     try:
-        return await _listen(on_connection, host, port, path, sock, reuse_port=reuse_port, backlog=backlog)
+        return await _listen(on_connection, host, port, path, sock, backlog=backlog)
     except OSError as error:
         where = (
             endpoint(sock.getsockname()) if sock is not None else Endpoint(path or host or "", None if path else port)
@@ -125,7 +179,6 @@ async def _listen(
     path: str | None,
     sock: socket.socket | None,
     *,
-    reuse_port: bool,
     backlog: int,
 ) -> Listener:
     loop = asyncio.get_running_loop()
@@ -138,15 +191,17 @@ async def _listen(
         # The loop removes a socket file that a killed process left behind, but no other file.
         server = await loop.create_unix_server(factory, path, backlog=ACCEPTS_AT_ONCE)
         unix = (path, os.stat(path).st_ino)
+    elif sock is not None and sock.family == socket.AF_UNIX:
+        server = await loop.create_unix_server(factory, sock=sock, backlog=ACCEPTS_AT_ONCE, **_KEEPING_THE_PATH)
     elif sock is not None:
         server = await loop.create_server(factory, sock=sock, backlog=ACCEPTS_AT_ONCE)
     else:
-        server = await loop.create_server(factory, host, port, reuse_port=reuse_port or None, backlog=ACCEPTS_AT_ONCE)
+        server = await loop.create_server(factory, host, port, backlog=ACCEPTS_AT_ONCE)
     for listening in server.sockets:
         # The kernel's own backlog is set separately.
         with socket.socket(fileno=os.dup(listening.fileno())) as same:
             same.listen(backlog)
-    return Listener(server, [endpoint(listening.getsockname()) for listening in server.sockets], unix)
+    return Listener(server, factory, unix, is_inherited=sock is not None)
 
 
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})

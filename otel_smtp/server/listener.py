@@ -3,9 +3,10 @@
 import asyncio
 import logging
 import os
+import socket
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -54,7 +55,7 @@ class Server:
         stress_percent: of `connections`; while more are taken, idle ones give way sooner. Postfix shortens its timers
             when its processes run out; we do before that.
         auth_failures_per_minute: failed logins from one address, loopback excepted, after which it is refused.
-        reuse_port: let several processes listen on the same port.
+        inherited: bound sockets to listen on, by address; a parent process keeps them, too.
         segments: where to cut the records of connections.
         sweep: the process's deadline sweep.
 
@@ -74,7 +75,7 @@ class Server:
         connections_per_client: int,
         stress_percent: int = 80,
         auth_failures_per_minute: int = 10,
-        reuse_port: bool = False,
+        inherited: Mapping[Endpoint, Sequence[socket.socket]] | None = None,
         segments: Segments | None = None,
         sweep: Sweep | None = None,
     ) -> None:
@@ -82,7 +83,7 @@ class Server:
         self.observer = observer if isinstance(observer, FanOut) else fan_out([observer])
         self.is_draining = False
         self._listeners = listeners
-        self._reuse_port = reuse_port
+        self._inherited = inherited or {}
         self._sweep = sweep or Sweep()
         self._listening: list[Listener] = []
         self._sessions: dict[Conversation, None] = {}  # in the order in which they were accepted
@@ -155,26 +156,29 @@ class Server:
             for listener in self._listeners:
                 addresses = bound.setdefault(listener.policy.name, [])
                 for address in listener.addresses:
-                    listening = await self._listen(listener.policy.name, address)
-                    self._listening.append(listening)
-                    addresses.extend(listening.addresses)
+                    async for listening in self._listen(listener.policy.name, address):
+                        self._listening.append(listening)
+                        addresses.extend(listening.addresses)
         except OSError:
-            self.stop_accepting()
+            await self._stop_listening()
             raise
         return bound
 
-    def stop_accepting(self) -> None:
-        """Close the listening sockets; open connections continue."""
-        for listening in self._listening:
-            listening.close()
-        self._listening.clear()
+    async def leave_ports(self) -> None:
+        """Stop accepting: a successor does, on the sockets that both have inherited. Open connections continue."""
+        while self._listening:
+            await self._listening.pop().leave()
+
+    async def _stop_listening(self) -> None:
+        while self._listening:
+            await self._listening.pop().close()
 
     async def drain(self, grace_seconds: float) -> None:
         """End all connections: idle ones at once with 421, those in a transaction after it, the rest when the grace
         period is over.
         """
         self.is_draining = True
-        self.stop_accepting()
+        await self._stop_listening()
         while self._line:
             self._end_wait(self._line.popitem(last=False)[0], replies.SHUTTING_DOWN)
         for session in list(self._sessions):
@@ -263,13 +267,16 @@ class Server:
 
     # Accepting ---------------------------------------------------------------------------------------------------
 
-    async def _listen(self, name: str, address: Endpoint) -> Listener:
+    async def _listen(self, name: str, address: Endpoint) -> AsyncIterator[Listener]:
         acceptor = self._acceptor(name)
-        if address.port is None:
-            if not self._reuse_port:  # otherwise the parent has checked, and our siblings may be listening already
-                refuse_served(address)
-            return await listen(acceptor, path=address.host)
-        return await listen(acceptor, host=address.host, port=address.port, reuse_port=self._reuse_port)
+        if (inherited := self._inherited.get(address)) is not None:
+            for sock in inherited:
+                yield await listen(acceptor, sock=sock)
+        elif address.port is None:
+            refuse_served(address)
+            yield await listen(acceptor, path=address.host)
+        else:
+            yield await listen(acceptor, host=address.host, port=address.port)
 
     def _acceptor(self, name: str) -> Callable[[Stream], None]:
         def accept(stream: Stream) -> None:

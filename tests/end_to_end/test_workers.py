@@ -1,11 +1,13 @@
 """Several processes on one port, supervised."""
 
+import contextlib
 import functools
 import json
 import os
 import re
 import signal
 import smtplib
+import socket
 import subprocess
 import sys
 import time
@@ -197,12 +199,97 @@ def test_a_worker_that_dies_is_started_again(upstream: CapturingUpstream, start:
     os.kill(victim, signal.SIGKILL)
     until(lambda: (len(running.children - {victim}) == 2) or None, "a new worker")
     assert others < running.children
-    # A connection in the dead worker's queue is lost, as with any kill; those made once its successor serves are not.
-    until(lambda: (listening_sockets(running.port) == 2) or None, "the new worker serves")
     for _ in range(10):
         send(running.port)
     assert len(upstream.messages) == 10
     assert running.stop() == 0
+
+
+def stopped(worker: int) -> bool | None:
+    return Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "T" or None
+
+
+def test_who_waits_for_a_worker_that_dies_is_greeted_by_its_successor(
+    upstream: CapturingUpstream, start: StartGateway, connect: Callable[[int], Client]
+) -> None:
+    running = two_workers(upstream, start)
+    victims = running.children
+    for victim in victims:
+        os.kill(victim, signal.SIGSTOP)  # so that the kernel completes connections that no worker accepts
+    for victim in victims:
+        until(lambda: stopped(victim), "the worker stands still")  # noqa: B023 - called here
+    with contextlib.ExitStack() as waiting:
+        clients = [
+            waiting.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=30)) for _ in range(8)
+        ]
+        for victim in victims:
+            os.kill(victim, signal.SIGKILL)
+        assert [client.recv(4) for client in clients] == [b"220 "] * 8
+    assert running.stop() == 0
+
+
+@pytest.mark.parametrize("uses_uvloop", [True, False], ids=["uvloop", "asyncio"])
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_who_waits_for_a_worker_that_leaves_is_answered(
+    number: signal.Signals, uses_uvloop: bool, upstream: CapturingUpstream, start: StartGateway
+) -> None:
+    running = two_workers(upstream, start, uses_uvloop=uses_uvloop)
+    workers = running.children
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    for worker in workers:
+        until(lambda: stopped(worker), "the worker stands still")  # noqa: B023 - called here
+    with contextlib.ExitStack() as waiting:
+        clients = [
+            waiting.enter_context(socket.create_connection(("127.0.0.1", running.port), timeout=30)) for _ in range(16)
+        ]
+        if number is signal.SIGTERM:
+            running.signal(number)
+        else:
+            for worker in workers:
+                os.kill(worker, number)  # as their parent does when a successor serves
+        for worker in workers:
+            os.kill(worker, signal.SIGCONT)
+        answers = {client.recv(4) for client in clients}
+    assert answers <= {b"220 ", b"421 "}
+    assert running.stop() == 0
+
+
+def test_a_unix_socket_is_served_by_the_other_worker_when_one_dies(
+    upstream: CapturingUpstream, start: StartGateway, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "smtp")
+    at = {"listener.address": ["127.0.0.1:0", f"unix:{path}"]}
+    running = start({"upstream.url": upstream.url, "workers": 2, **at})
+    for victim in sorted(running.children):
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: (victim not in running.children) or None, "it is gone")  # noqa: B023 - called here
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(path)
+            assert client.recv(4) == b"220 "
+        until(lambda: (len(running.children) == 2) or None, "a new worker")
+    assert running.stop() == 0
+    assert not os.path.exists(path)
+
+
+def test_nobody_waits_at_a_unix_socket_while_the_workers_drain(
+    upstream: CapturingUpstream, start: StartGateway, connect: Callable[[int], Client], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "smtp")
+    at = {"listener.address": ["127.0.0.1:0", f"unix:{path}"]}
+    running = start({"upstream.url": upstream.url, "workers": 2, **at})
+    client = connect(running.port)
+    client.opens_content()
+    running.signal(signal.SIGTERM)
+
+    def refused() -> bool | None:
+        with socket.socket(socket.AF_UNIX) as late:
+            return late.connect_ex(path) != 0 or None
+
+    until(refused, "its end", timeout_seconds=15)  # of 25 s
+    assert client.asks("Subject: y\r\n\r\n.").startswith("250 ")
+    assert running.wait() == 0
 
 
 def test_workers_are_replaced_one_by_one(upstream: CapturingUpstream, start: StartGateway) -> None:

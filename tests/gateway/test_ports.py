@@ -2,12 +2,13 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from otel_smtp import CannotListen, Gateway, Settings, load
-from otel_smtp.gateway.ports import SharedPorts, bind, with_present_addresses, without_ipv6_loopback
+from otel_smtp.gateway.ports import SharedPorts, bind, bind_all, with_present_addresses, without_ipv6_loopback
 from otel_smtp.observing import Endpoint
 
 ANY_PORT = Endpoint("127.0.0.1", 0)
@@ -69,26 +70,31 @@ def test_a_host_without_an_address_cannot_be_bound() -> None:
 # Workers ------------------------------------------------------------------------------------------------------
 
 
-def settings(**status: str) -> Settings:
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "s")
+
+
+def settings(path: str, **status: str) -> Settings:
     return load(
         values={
             "workers": 3,
-            "listener": [{"address": ["127.0.0.1:0", "127.0.0.1:0"]}, {"name": "unix", "address": ["unix:/tmp/s"]}],
+            "listener": [{"address": ["127.0.0.1:0", "127.0.0.1:0"]}, {"name": "unix", "address": [f"unix:{path}"]}],
             "upstream": [{"url": "smtp://127.0.0.1:1"}],
             "status": status,
         }
     )
 
 
-def test_workers_get_real_ports_that_are_held_and_given_back() -> None:
-    with SharedPorts(settings(address="127.0.0.1:0")) as shared:
+def test_workers_get_real_ports_that_are_held_and_given_back(path: str) -> None:
+    with SharedPorts(settings(path, address="127.0.0.1:0")) as shared:
         first, second = shared.settings.listener[0].address
         status = shared.settings.status.address
         assert status is not None
         ports = {first.port, second.port, status.port, *shared.worker_status_ports}
         assert len(ports) == 3 + 3
         assert 0 not in ports
-        assert shared.settings.listener[1].address == (Endpoint("/tmp/s"),)
+        assert shared.settings.listener[1].address == (Endpoint(path),)
         for address in (first, second, status):
             with bind(address, is_shared=True) as worker:
                 worker.listen()
@@ -99,17 +105,77 @@ def test_workers_get_real_ports_that_are_held_and_given_back() -> None:
             alone.listen()
 
 
-def test_without_a_status_port_workers_have_none() -> None:
-    with SharedPorts(settings(address="off")) as shared:
+def is_listening(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
+def test_each_place_has_sockets_of_its_own_that_outlive_its_worker(path: str) -> None:
+    with SharedPorts(settings(path, address="off")) as shared:
+        first, second = shared.settings.listener[0].address
+        sockets = {(place, one): shared._listeners[one][place] for place in range(3) for one in (first, second)}
+        assert len({sock.fileno() for (sock,) in sockets.values()}) == 6
+        (unix,) = {sock for place in shared._listeners[Endpoint(path)] for sock in place}  # of all places
+        for sock in (unix, *(sock for (sock,) in sockets.values())):
+            sock.listen()
+        shared.stop_listening(1)
+        assert [is_listening(sockets[place, one][0]) for place in range(3) for one in (first, second)] == [
+            *(True, True),
+            *(False, False),
+            *(True, True),
+        ]
+        assert is_listening(unix)
+        sockets[1, first][0].listen()  # a worker is back
+        assert address_of(sockets[1, first][0]) == first
+        mine = shared.claim(1)  # what a worker does
+        assert mine == {first: sockets[1, first], second: sockets[1, second], Endpoint(path): [unix]}
+        assert {sock.fileno() for (place, _), (sock,) in sockets.items() if place != 1} == {-1}
+        assert is_listening(unix)
+        assert Path(path).is_socket()
+        shared.close_listeners()
+        assert not Path(path).exists()
+    assert unix.fileno() == -1
+
+
+def test_a_name_with_several_addresses_is_listened_at_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = socket.getaddrinfo
+
+    def resolved(host: str, *more: Any, **options: Any) -> list[Any]:
+        hosts = ["127.0.0.2", "127.0.0.3"] if host == "here.example" else [host]
+        return [found for one in hosts for found in resolve(one, *more, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolved)
+    with bind(Endpoint("here.example", 0)) as free:
+        port = address_of(free).port
+    bound = bind_all(Endpoint("here.example", port))
+    assert [address_of(sock) for sock in bound] == [Endpoint("127.0.0.2", port), Endpoint("127.0.0.3", port)]
+    bound[0].close()
+    bound[1].listen()
+    with bind(Endpoint("127.0.0.3", 0)) as other:
+        other.listen()
+        with pytest.raises(CannotListen, match="in use"):
+            bind_all(Endpoint("here.example", address_of(other).port))
+        bind(Endpoint("127.0.0.2", address_of(other).port)).close()  # the first of them was given back
+    bound[1].close()
+
+
+def test_what_is_no_socket_is_not_removed(path: str) -> None:
+    Path(path).write_text("mine")
+    with pytest.raises(CannotListen, match="in use"):
+        SharedPorts(settings(path, address="off"))
+    assert Path(path).read_text() == "mine"
+
+
+def test_without_a_status_port_workers_have_none(path: str) -> None:
+    with SharedPorts(settings(path, address="off")) as shared:
         assert shared.settings.status.address is None
         assert shared.worker_status_ports == ()
 
 
-def test_a_taken_status_port_is_an_error_if_the_operator_asked_for_it() -> None:
+def test_a_taken_status_port_is_an_error_if_the_operator_asked_for_it(path: str) -> None:
     # The other gateway shares its port among its workers: that must not include ours.
     with bind(ANY_PORT, is_shared=True) as taken:
         taken.listen()
-        asked = settings(address=str(address_of(taken)))
+        asked = settings(path, address=str(address_of(taken)))
         with pytest.raises(OSError, match="in use"):
             SharedPorts(asked)
         with SharedPorts(msgspec.structs.replace(asked, origins={})) as shared:

@@ -34,6 +34,8 @@ class Processes:
         self.started: list[tuple[int, int]] = []  # process id, place
         self.sent: dict[int, list[signal.Signals]] = {}
         self.is_exhausted = False
+        self.unserved: list[int] = []  # places
+        self.stops = 0
 
     def start(self, place: int) -> int:
         if self.is_exhausted:
@@ -45,6 +47,13 @@ class Processes:
 
     def send(self, process_id: int, number: signal.Signals) -> None:
         self.sent[process_id].append(number)
+
+    def leave_unserved(self, place: int) -> None:
+        self.unserved.append(place)
+
+    def stop_serving(self) -> None:
+        assert signal.SIGTERM not in [number for sent in self.sent.values() for number in sent]
+        self.stops += 1
 
 
 def serving(count: int) -> tuple[Supervision, Processes]:
@@ -194,6 +203,35 @@ def test_one_that_was_healthy_is_restarted_without_delay_and_the_next_with_the_f
         assert (supervision.due() or died) - died == delay
         supervision.act(died + delay)
         supervision.ready(next(iter(supervision.workers)).process_id, died)
+
+
+def test_clients_wait_for_a_worker_that_is_back_soon_and_for_no_other() -> None:
+    supervision, processes = serving(2)
+    now = 1.0
+    for unserved in ([], [0], [0, 0]):  # it dies again and again, later and later
+        worker = next(one for one in supervision.workers if one.place == 0)
+        supervision.ended(worker.process_id, -9, now)
+        assert processes.unserved == unserved
+        now = supervision.due() or now
+        supervision.act(now)
+        supervision.ready(processes.started[-1][0], now)
+    supervision.replace()
+    supervision.act(now)
+    supervision.ended(processes.started[-1][0], 1, now)  # the successor: its predecessor serves
+    assert processes.unserved == [0, 0]
+    processes.is_exhausted = True
+    worker = next(one for one in supervision.workers if one.place == 1)
+    supervision.ended(worker.process_id, -9, now)
+    supervision.act(now + 100.0)
+    assert processes.unserved == [0, 0, 1]
+    assert processes.stops == 0
+
+
+def test_listening_ends_before_the_workers_are_told() -> None:
+    supervision, processes = serving(2)
+    supervision.stop(signal.SIGTERM, 1.0)
+    supervision.stop(signal.SIGTERM, 2.0)
+    assert processes.stops == 1
 
 
 def test_a_second_signal_ends_the_drain() -> None:

@@ -35,7 +35,7 @@ async def accepted(address: str) -> AsyncIterator[tuple[list[Stream], int]]:
     finally:
         for stream in streams:
             stream.abort()
-        listening.close()
+        await listening.close()
 
 
 @pytest.mark.both_loops
@@ -58,7 +58,7 @@ async def test_over_a_socket_of_both_families_too() -> None:
             await until(lambda: streams)
             assert (owner_of_peer(streams[0]) or "").partition(",")[0] == f"uid {os.getuid()}"
         streams[0].abort()
-        listening.close()
+        await listening.close()
 
 
 @pytest.mark.both_loops
@@ -70,7 +70,7 @@ async def test_the_owner_of_a_unix_socket_is_who_connected_it(tmp_path: Path) ->
         await until(lambda: streams)
         assert owner_of_peer(streams[0]) == f"uid {os.getuid()}"
         streams[0].abort()
-        listening.close()
+        await listening.close()
 
 
 async def test_another_users_socket_is_another_ones() -> None:
@@ -102,10 +102,10 @@ async def test_where_the_kernel_does_not_tell_nothing_is_known(monkeypatch: pyte
             await until(lambda: streams)
             plain = socket.socket
 
-            def forbidden(family: int = socket.AF_INET, *rest: int) -> socket.socket:
+            def forbidden(family: int = socket.AF_INET, *rest: int, **more: int) -> socket.socket:
                 if family == socket.AF_NETLINK:
                     raise OSError("address family not supported")
-                return plain(family, *rest)
+                return plain(family, *rest, **more)
 
             monkeypatch.setattr(socket, "socket", forbidden)
             assert owner_of_peer(streams[0]) is None

@@ -6,9 +6,10 @@ import os
 import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -44,7 +45,7 @@ async def joined() -> AsyncIterator[Pair]:
     try:
         yield Pair(client, server)
     finally:
-        listener.close()
+        await listener.close()
         for stream in (client, server):
             stream.abort()
             await asyncio.wait_for(stream.wait_closed(), SECONDS)
@@ -345,14 +346,14 @@ async def test_ipv6_and_names_connect() -> None:
     assert str(client.peer) == f"[::1]:{port}"
     client.abort()
     (await accepted).abort()
-    listener.close()
+    await listener.close()
     listener, accepted = await accept_one("127.0.0.1")
     # "localhost" may be ::1 first: nobody listens there, and the next address is tried at once.
     client = await connect("localhost", listener.addresses[0].port or 0, timeout_seconds=SECONDS)
     assert client.peer.host == "127.0.0.1"
     client.abort()
     (await accepted).abort()
-    listener.close()
+    await listener.close()
 
 
 async def test_a_dead_first_address_does_not_hold_up_the_second() -> None:
@@ -373,14 +374,14 @@ async def test_a_dead_first_address_does_not_hold_up_the_second() -> None:
         (await accepted).abort()
         with pytest.raises(TimeoutError):
             await connect("127.0.0.1", hole.getsockname()[1], timeout_seconds=0.05)
-        listener.close()
+        await listener.close()
         for filler in fillers:
             filler.close()
 
 
 async def test_a_refused_connection_is_an_os_error() -> None:
     listener, _ = await accept_one()
-    listener.close()
+    await listener.close()
     port = listener.addresses[0].port or 0
     with pytest.raises(ConnectionRefusedError):
         await connect("127.0.0.1", port, timeout_seconds=SECONDS)
@@ -402,8 +403,8 @@ async def test_unix_sockets_listen_and_leave_no_file(tmp_path: Path) -> None:
     assert server.peer == Endpoint("")
     client.abort()
     server.abort()
-    listener.close()
-    listener.close()
+    await listener.close()
+    await listener.close()
     assert not os.path.exists(path)
 
 
@@ -412,26 +413,87 @@ async def test_a_successors_unix_socket_is_left_alone(tmp_path: Path) -> None:
     first = await listen(Stream.abort, path=path)
     os.unlink(path)
     second = await listen(Stream.abort, path=path)
-    first.close()
+    await first.close()
     assert os.path.exists(path)
-    second.close()
+    await second.close()
 
 
-async def test_a_bound_socket_is_served_and_ports_can_be_shared() -> None:
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))
-    accepted: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
-    listener = await listen(accepted.set_result, sock=bound)
-    client = await connect("127.0.0.1", listener.addresses[0].port or 0, timeout_seconds=SECONDS)
-    (await accepted).abort()
-    client.abort()
-    listener.close()
+@pytest.fixture(params=["tcp", "unix"])
+def bound(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[socket.socket]:
+    """A socket that a parent has bound, and keeps."""
+    unused = socket.create_server(("127.0.0.1", 0))  # only a port that was asked for is kept
+    with unused, socket.socket(socket.AF_INET if request.param == "tcp" else socket.AF_UNIX) as sock:
+        where: Any = str(tmp_path / "smtp") if request.param == "unix" else unused.getsockname()
+        unused.close()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        yield sock
 
-    one = await listen(Stream.abort, host="127.0.0.1", reuse_port=True)
-    other = await listen(Stream.abort, host="127.0.0.1", port=one.addresses[0].port or 0, reuse_port=True)
-    assert one.addresses == other.addresses
-    one.close()
-    other.close()
+
+def connected(listening: socket.socket) -> socket.socket:
+    """A connection that the kernel has completed, and nobody has accepted."""
+    client = socket.socket(listening.family)
+    client.settimeout(SECONDS)
+    client.connect(listening.getsockname())
+    return client
+
+
+class Greeting:
+    """Greets whoever is accepted, and closes."""
+
+    def __init__(self) -> None:
+        self.streams: list[Stream] = []
+
+    def __call__(self, stream: Stream) -> None:
+        self.streams.append(stream)
+        stream.write(b"220 hello")
+        stream.close()
+
+    async def answers(self, *clients: socket.socket) -> list[bytes]:
+        """What they are told, when all is over."""
+        told = []
+        for client in clients:
+            with client:
+                told.append(await asyncio.to_thread(client.recv, 100))
+        for stream in self.streams:
+            await stream.wait_closed()
+        return told
+
+
+@pytest.mark.both_loops
+async def test_who_waits_in_the_kernel_is_accepted_before_a_listener_closes(bound: socket.socket) -> None:
+    greeting = Greeting()
+    listener = await listen(greeting, sock=bound.dup())
+    waiting = [connected(bound) for _ in range(10)]
+    await listener.close()
+    assert await greeting.answers(*waiting) == [b"220 hello"] * 10
+    await listener.close()
+    if bound.family == socket.AF_INET:
+        with socket.socket() as late, pytest.raises(ConnectionRefusedError):
+            late.connect(bound.getsockname())
+
+
+@pytest.mark.both_loops
+async def test_who_waits_in_the_kernel_is_accepted_by_a_successor_on_the_same_socket(bound: socket.socket) -> None:
+    path = bound.getsockname() if bound.family == socket.AF_UNIX else None
+    greeting = Greeting()
+    first = await listen(Stream.abort, sock=bound.dup())
+    await first.leave()
+    waiting = [connected(bound) for _ in range(10)]
+    second = await listen(greeting, sock=bound.dup())
+    assert await greeting.answers(*waiting) == [b"220 hello"] * 10
+    assert second.addresses == first.addresses
+    await second.close()
+    assert path is None or os.path.exists(path)  # it is the parent's
+
+
+@pytest.mark.both_loops
+async def test_a_listener_can_be_opened_again_on_a_socket_on_which_another_has_stopped(bound: socket.socket) -> None:
+    for _ in range(2):
+        greeting = Greeting()
+        listener = await listen(greeting, sock=bound.dup())
+        assert await greeting.answers(connected(bound)) == [b"220 hello"]
+        await listener.close()
 
 
 async def test_a_burst_waits_in_the_kernel_and_few_are_accepted_at_once() -> None:
@@ -452,7 +514,7 @@ async def test_a_burst_waits_in_the_kernel_and_few_are_accepted_at_once() -> Non
         for stream in accepted:
             stream.abort()
             await asyncio.wait_for(stream.wait_closed(), SECONDS)
-    listener.close()
+    await listener.close()
 
 
 def test_exhaustion_at_accept_is_recognised() -> None:
@@ -496,7 +558,7 @@ async def test_a_cancelled_connect_leaves_no_connection() -> None:
     if accepted.done():
         assert await asyncio.wait_for((await accepted).read(), SECONDS) == b""
         (await accepted).abort()
-    listener.close()
+    await listener.close()
 
 
 async def test_a_name_without_an_address_is_an_os_error() -> None:
@@ -613,7 +675,7 @@ async def test_implicit_tls_carries_large_content_both_ways_and_closes_cleanly(
     client.close()
     for stream in (client, streams[0]):
         await asyncio.wait_for(stream.wait_closed(), SECONDS)
-    listener.close()
+    await listener.close()
 
 
 class QuickClient:
@@ -670,7 +732,7 @@ async def test_implicit_tls_with_a_client_hello_that_comes_with_the_connection(
     client.socket.close()
     stream.abort()
     await asyncio.wait_for(stream.wait_closed(), SECONDS)
-    listener.close()
+    await listener.close()
 
 
 async def test_octets_of_starttls_read_in_clear_are_not_handed_to_tls(
@@ -705,7 +767,7 @@ async def test_what_comes_with_the_connection_is_read_sparingly() -> None:
     client.socket.close()
     streams[0][0].abort()
     await asyncio.wait_for(streams[0][0].wait_closed(), SECONDS)
-    listener.close()
+    await listener.close()
 
 
 async def test_an_untrusted_certificate_is_an_ssl_error_and_ends_the_connection(
@@ -723,7 +785,7 @@ async def test_an_untrusted_certificate_is_an_ssl_error_and_ends_the_connection(
     for stream in streams:
         stream.abort()
         await asyncio.wait_for(stream.wait_closed(), SECONDS)
-    listener.close()
+    await listener.close()
 
 
 async def test_a_handshake_that_stalls_is_a_timeout(client_context: ssl.SSLContext) -> None:
