@@ -1,1 +1,1 @@
-"""Accepted mail leaves here: the upstream relay with its pool, routes and strategies, behind one interface."""
+"""The upstream relay, by which accepted mail leaves: pool, routes and strategies behind one interface."""

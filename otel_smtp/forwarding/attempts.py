@@ -1,11 +1,11 @@
-"""The attempts of one mail: along the upstreams that serve it, until one of them gives a usable answer.
+"""The attempts of one mail: one upstream after another, until one gives a usable answer.
 
 * Once the end of the content has been sent (`has_ended_content`) no other upstream may be tried: after a lost
   connection it is unknown whether the mail was delivered, and a second attempt might deliver it twice.
-* Before that, an upstream that gives no usable answer makes way for the next one.
-* One connection that dies says little about its upstream. So an upstream that is lost with a kept connection, or in the
-  middle of a transaction, or that refuses MAIL for now on a kept one (it may count mails per connection), is tried once
-  more on a fresh one, before the next in order, and within the same attempt.
+* Before that, the next upstream is tried after one that gives no usable answer.
+* One connection that dies says little about its upstream. So if a kept connection, or one in the middle of a
+  transaction, is lost, or a kept one refuses MAIL temporarily (the upstream may count mails per connection), the same
+  upstream is tried once more on a fresh connection, within the same attempt and before the next upstream.
 
 For the use of a connection see `delivery`.
 """
@@ -39,32 +39,32 @@ logger: Final = logging.getLogger("otel_smtp.forwarding.attempts")
 
 
 class Attempts(Connecting):
-    """Carries a piece of work along upstreams.
+    """Tries a piece of work on one upstream after another.
 
-    A subclass sets `_work`, calls `_proceed`, and has the work done on `_connection`; whatever that raises decides what
-    comes next. It ends an attempt by `_end`, and answers by `_answer_for_all` when no upstream is left.
+    A subclass sets `_work` and calls `_proceed`, which does the work on `_connection`; an exception of the work decides
+    the next step. `_end` ends an attempt, and `_answer_for_all` is called when no upstream is left.
 
     Args:
         record: gets a `DeliveryRecord` for each attempt.
-        relaying: notified when an attempt is over that went on without its client, after `abort`.
+        relaying: notified at the end of an attempt that continued without its client, after `abort`.
         route: see below.
 
     Attributes:
-        route: the upstreams that were not tried yet, the preferred one first.
-        begins_fresh: the first connection to each upstream is one that was not used before.
-        has_ended_content: see above; the subclass says so.
+        route: the upstreams not yet tried, the preferred one first.
+        begins_fresh: the first connection to each upstream must be unused.
+        has_ended_content: see above; set by the subclass.
         is_under_way: an attempt has begun and is not over.
-        waits_for_limits: of an upstream, however long it takes: no client waits.
+        waits_for_limits: waits for an upstream's limits without bound, as no client waits.
     """
 
     __slots__ = ()
 
     def is_served_by(self, smarthosts: Sequence[Smarthost]) -> bool:
-        """Whether the upstream that has the transaction now, perhaps not the preferred one, is among `smarthosts`."""
+        """Whether the transaction's current upstream, perhaps not the preferred one, is among `smarthosts`."""
         return not self.is_under_way or self._smarthost in smarthosts
 
     def give_up(self) -> None:
-        """End an attempt that goes on without its client: its outcome stays unknown."""
+        """End an attempt that continues without its client: its outcome stays unknown."""
         if self.is_under_way:
             self._attempt.failure = "the gateway ended before the reply came"
             self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
@@ -75,12 +75,12 @@ class Attempts(Connecting):
 
     @abstractmethod
     def _refused_by(self, refusal: Reply) -> None:
-        """Take what the upstream at hand said of the mail for its answer."""
+        """Use what the current upstream said of the mail as its answer."""
 
     # Steps and their faults --------------------------------------------------------------------------------
 
     def _proceed(self) -> None:
-        """Do the work, on the connection at hand, else on the next that is available."""
+        """Do the work on the current connection, or on the next one available."""
         try:
             if not self._is_connected:
                 if not self._connect():
@@ -95,13 +95,13 @@ class Attempts(Connecting):
             self._recover(error)
 
     def _next_attempt(self) -> None:
-        """Get a connection for the next attempt, or once more for this one, and do the work on it."""
+        """Get a connection for the next attempt, or another one for this attempt, and do the work on it."""
         if self._connect():
             self._work(self)
 
     def _recover(self, error: Exception) -> None:
-        """Decide what follows from an exception in a step. None of it reaches the caller."""
-        while True:  # each turn uses up an upstream, a second chance, or the answer
+        """Decide what follows from an exception in a step; nothing is raised."""
+        while True:  # each iteration uses up an upstream, a second chance, or the answer
             try:
                 if isinstance(error, UpstreamFault):
                     self._fail(error)
@@ -131,11 +131,11 @@ class Attempts(Connecting):
         """Decide what follows from an attempt without a usable answer."""
         was_connected = self._is_connected
         if self.has_ended_content:
-            # The one case that must never be tried again: it may have been delivered.
+            # The one case that must never be retried: the mail may have been delivered.
             self._attempt.failure = str(fault)
             logger.error("delivery outcome unknown", extra={**self._named(), "fault": str(fault)})
             self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
-            # The reply says so, too: transaction, log and a later attempt's mark are made of it.
+            # The reply must say so too: transaction, log and a later attempt's mark depend on it.
             is_lost = isinstance(fault, ConnectionLost)
             self._answer_for_all(replies.OUTCOME_UNKNOWN if is_lost else replies.GARBLED_OUTCOME)
             return
@@ -160,21 +160,23 @@ class Attempts(Connecting):
         self._end(Outcome.DEFERRED, fault.upstream_reply, fault.reply.error_type)
         self._note_fault(fault)
         if was_connected and fault.reply is replies.UPSTREAM_PROTOCOL:
-            # Its outcome is unknown; the next upstream would be asked while this one may still deliver.
+            # Its outcome is unknown: this upstream may still deliver while the next one is asked.
             self._answer_for_all(fault.told)
         elif not self._is_aborted:
             self._next_attempt()
 
     @property
     def _may_try_again(self) -> bool:
-        """Whether the upstream at hand has a second chance for this mail: see the head of the module."""
+        """Whether the current upstream has a second chance for this mail: see the head of the module."""
         return (self._was_reused or self._is_open) and self._smarthost not in self._tried.again
 
     def _note_fault(self, fault: UpstreamFault) -> None:
         self._tried = self._tried._replace(faults=(*self._tried.faults, fault))
 
     def _pass_by(self, refusal: Reply) -> None:
-        """The upstream at hand lacks what the mail needs: another one may have it, now or when it is well again."""
+        """The current upstream lacks an extension that the mail needs; another one may offer it, now or after its
+        backoff.
+        """
         fault = Unsuitable("the upstream lacks what the mail needs", refusal)
         self._note_fault(fault)
         self._attempt.failure = str(fault)
@@ -182,12 +184,12 @@ class Attempts(Connecting):
         self._next_attempt()
 
     def _nobody_left(self) -> None:
-        """No upstream is left: answer, rather that the client may try again than that it may not."""
+        """No upstream is left: answer, preferring a temporary refusal to a permanent one."""
         faults = self._tried.faults
         tried = [fault for fault in faults if not isinstance(fault, NoConnectionFree)] or faults
         passing = [fault for fault in reversed(tried) if fault.reply.is_transient]
         if passing:
-            # An upstream's reply, else the fault of one that was reached.
+            # An upstream's reply, or else the fault of one that was reached.
             said = next((fault for fault in passing if fault.upstream_reply is not None), None)
             met = next((fault for fault in passing if fault.reply is not replies.UPSTREAM_UNAVAILABLE), passing[0])
             self._answer_for_all((said or met).told)
@@ -222,13 +224,13 @@ class Attempts(Connecting):
                 connection.abandon()
             self._smarthost.release(connection, answered=answered)
         if self._is_aborted:
-            # Observers get a transaction with its attempts; an attempt that outlives it is reported by itself.
+            # Observers get a transaction with its attempts; an attempt that outlives it is reported separately.
             if self._record.ended_ns:
                 self._relaying.observer.delivery_ended(attempt)
             self._relaying.unwatch(self)
 
     def _named(self) -> dict[str, object]:
-        """What log lines say of the attempt: whose mail it is, where it is tried, and where its trace has it."""
+        """The log fields of the attempt: its mail, its upstream, and its span."""
         record = self._record
         named: dict[str, object] = {"upstream": self._attempt.upstream}
         if record.connection is not None:
@@ -245,7 +247,7 @@ class Attempts(Connecting):
         pace.begun -= 1
         attempt = self._attempt
         if leave.is_waiting or not attempt.peer:
-            pace.withdraw(leave)  # no connection was got, so nothing was said
+            pace.withdraw(leave)  # without a connection, nothing was said
             return
         if (refusal := _asks_for_less(attempt)) is not None:
             if (seconds := pace.is_too_much(leave)) is not None:
@@ -260,7 +262,7 @@ class Attempts(Connecting):
 
 
 def _asks_for_less(attempt: DeliveryRecord) -> Reply | None:
-    """What the upstream said of how much it gets, of the message or of a recipient; None: nothing."""
+    """The upstream's reply, to the message or a recipient, that it gets too much mail; None without one."""
     said = [one.reply for one in attempt.refused if one.reply is not None]
     if attempt.reply is not None:
         said.append(attempt.reply)

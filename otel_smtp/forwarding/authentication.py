@@ -15,16 +15,16 @@ from otel_smtp.smtp.replies import Reply
 
 T = TypeVar("T")
 
-# The best first. PLAIN is before LOGIN as it needs one round trip less; both go over verified TLS only.
+# The best first. PLAIN precedes LOGIN because it needs one round trip less; both go over verified TLS only.
 PREFERENCE: Final = ("SCRAM-SHA-256", "PLAIN", "LOGIN")
 MAX_ITERATIONS: Final = 1_000_000
-"""PBKDF2 rounds that we let an upstream ask of us: about a second of one core. RFC 7677 4 says at least 4096."""
+"""The most PBKDF2 rounds that an upstream may demand: about a second of one core. RFC 7677 4 says at least 4096."""
 
 _ITERATIONS: Final = re.compile(r"(?:^|,)i=([0-9]{1,9})(?:,|$)")
 
 
 class ExchangeFailed(Exception):
-    """The upstream's challenge cannot be answered, or it did not prove to know our password."""
+    """The upstream's challenge cannot be answered, or the upstream failed to prove that it knows our password."""
 
 
 class Mechanism(Protocol):
@@ -33,7 +33,7 @@ class Mechanism(Protocol):
     name: str
 
     async def initial_response(self) -> bytes | None:
-        """What goes with AUTH; None: nothing, a challenge comes first."""
+        """The initial response of AUTH; None: a challenge comes first."""
         ...
 
     async def respond(self, challenge: bytes) -> bytes:
@@ -45,7 +45,7 @@ class Mechanism(Protocol):
         ...
 
     def check_success(self) -> None:
-        """The upstream says 235.
+        """Check the upstream's 235.
 
         Raises:
             ExchangeFailed: it may not.
@@ -54,7 +54,7 @@ class Mechanism(Protocol):
 
 
 def choose(wanted: str, offered: Sequence[str], credentials: Credentials) -> Mechanism | None:
-    """The mechanism to use, None where the upstream offers none that is wanted.
+    """Choose a mechanism; None if the upstream offers no acceptable one.
 
     Args:
         wanted: "auto", or a mechanism in lower case.
@@ -94,15 +94,15 @@ def _mechanism(name: str, credentials: Credentials) -> Mechanism:
             raise ValueError(f"unknown mechanism {name!r}")
 
 
-# May be base64 or hexadecimal of some length: a token, or a secret that the upstream has encoded in its own way.
+# Long enough base64 or hexadecimal: a token, or a secret that the upstream has encoded in its own way.
 _LONG_WORD: Final = re.compile(r"[A-Za-z0-9+/_=-]{16,}")
 _NO_WORD: Final = re.compile(r"[0-9=]")
 
 
 def without_secrets(reply: Reply, credentials: Credentials) -> Reply:
-    """`reply` fit to be shown: our own credentials are removed from its text, plain or encoded.
+    """`reply` with our own credentials, plain or encoded, removed from its text, so that it may be shown.
 
-    Servers repeat user names, and worse, in what they say to AUTH; yet an operator needs their words in order to act.
+    Servers repeat user names, and worse, in replies to AUTH; yet an operator needs their words in order to act.
     """
     name, password = credentials.username, credentials.password
     secrets = [name, password, f"\0{name}\0{password}"]
@@ -135,7 +135,7 @@ class _Plain:
 
 
 class _Login:
-    """Never standardised: two questions, whose text does not matter."""
+    """Never standardised: two prompts, whose text does not matter."""
 
     name = "LOGIN"
 

@@ -1,15 +1,16 @@
 """The one interface by which accepted mail leaves: the upstream relay and the durable spool both implement it.
 
-The session does not know which it talks to. Nothing here waits: a call that needs an answer takes a callback, which is
-called once, on the event loop, possibly before the call returns. What the session may rely on:
+The session does not know which one it uses. Nothing here waits: a call that needs an answer takes a callback, which is
+called once, on the event loop, possibly before the call returns. The session may rely on these rules:
 
 * The final reply of a `MailTransaction` is 2yz only if the upstream said 2yz to the end of data, or the message is
   durable. Doubt is a 4yz.
-* Until `finish` is called nothing ends the message upstream: no final dot was sent, no last chunk. After `abort`
-  instead of `finish`, nothing of the message is with the upstream. What is said of `finish` holds for `message`.
+* Until `finish` is called nothing ends the message upstream: neither a final dot nor a last chunk is sent. After
+  `abort` instead of `finish`, the upstream has nothing of the message. All that is said of `finish` applies to
+  `message`.
 * `abort` is idempotent, never raises, and frees what the transaction holds. It is called once for every transaction
-  whose `finish` was not called, and after `finish` where its answer is no longer awaited (shutdown): then a
-  message that is out of our hands comes to its end all the same, for the record, and no callback is called.
+  whose `finish` was not called, and after `finish` if the answer is no longer awaited (shutdown): then a message
+  already sent is still followed to its end, for the record, and no callback is called.
 * A call that raises has done nothing; the session answers 451 and aborts.
 """
 
@@ -23,14 +24,14 @@ from otel_smtp.smtp.extensions import NONE, Extensions, every_relayed
 from otel_smtp.smtp.replies import Reply
 
 LEAST: Final = NONE
-"""The promises that can be kept while nothing is known of the upstream."""
+"""The promises that can be kept while the upstream is unknown."""
 
 MOST: Final = every_relayed()
-"""What can be promised on behalf of something that takes all there is."""
+"""The promise for an upstream that supports every extension."""
 
 
 class DeliveryFailed(Exception):
-    """The mail cannot be taken. `reply` is the client's."""
+    """The mail cannot be accepted. `reply` is for the client."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(str(reply))
@@ -49,9 +50,10 @@ RecipientsAnswered = Callable[[Sequence[Reply]], None]
 """Takes one reply per recipient of the batch, in order."""
 
 MessageAnswered = Callable[[Reply, Sequence[Reply]], None]
-"""Takes the final reply of the message, for all recipients that were accepted; and, where each of them has a verdict of
-its own (an LMTP upstream, several transactions upstream), those, in the order in which the recipients were accepted.
-The verdicts may be fewer than the recipients; the final reply holds for the others."""
+"""Takes the final reply of the message, for all accepted recipients; and, if each has its own verdict (an LMTP
+upstream, several transactions upstream), those verdicts, in the order in which the recipients were accepted. There may
+be fewer verdicts than recipients; the final reply then applies to the others.
+"""
 
 
 class MailTransaction(Protocol):
@@ -62,7 +64,7 @@ class MailTransaction(Protocol):
 
     @property
     def spool_id(self) -> str | None:
-        """The id under which the message was made durable; None where it was not, or not yet."""
+        """The id under which the message was made durable; None if it was not, or not yet."""
         ...
 
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
@@ -70,7 +72,7 @@ class MailTransaction(Protocol):
         ...
 
     def message(self, header: bytes, body: bytes, answered: MessageAnswered) -> None:
-        """Take a message that is whole, deliver it, and answer it: `content`, `write` and `finish` in one.
+        """Take a whole message, deliver it, and answer it: `content`, `write` and `finish` in one.
 
         Args:
             header, body: see `write`; the body may be empty.
@@ -78,19 +80,19 @@ class MailTransaction(Protocol):
         self.content(nobody_waits)
         self.write(header)
         if body:
-            self.write(body)  # and whatever it says: there is no more to be held back
+            self.write(body)  # and ignore its result: there is no more to hold back
         self.finish(answered)
 
     def content(self, resume: Callable[[], None]) -> None:
         """The content begins, and comes in pieces.
 
         Args:
-            resume: to be called, once, after a `write` that returned False, when more can be taken.
+            resume: called once after a `write` that returned False, when more can be taken.
         """
         ...
 
     def write(self, chunk: bytes) -> bool:
-        """Take some of the content.
+        """Take a piece of the content.
 
         Args:
             chunk: the first is the whole header block, our Received field on top, trace fields still in; it ends with
@@ -100,8 +102,7 @@ class MailTransaction(Protocol):
 
         Returns:
             Whether more may come now. False holds the client back until `resume`; it is no failure, and `finish` may
-            come before `resume` was called. A transaction that has failed takes what comes, drops it, and answers at
-            `finish`.
+            come before `resume`. A failed transaction takes and drops the rest, and answers at `finish`.
         """
         ...
 
@@ -115,21 +116,21 @@ class MailTransaction(Protocol):
 
 
 def nobody_waits() -> None:
-    """What resumes content of which there is no more."""
+    """The `resume` of content that is already complete."""
 
 
 class Forwarder(Protocol):
     """Where accepted mail goes."""
 
     def capabilities(self) -> Extensions:
-        """What may be offered to clients now.
+        """The extensions that may be offered to clients now.
 
-        Cheap: called at each EHLO and MAIL. The same object while nothing changes.
+        Cheap: called at each EHLO and MAIL. Returns the same object while nothing changes.
         """
         ...
 
     def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
-        """Open a transaction for `mail`. Decides what is already known; asks no upstream.
+        """Open a transaction for `mail`. Refuses it if that is already known; asks no upstream.
 
         Args:
             record: the forwarder adds its deliveries, and the spool its id. `record.trace_headers` is set before the
@@ -142,22 +143,22 @@ class Forwarder(Protocol):
 
 
 class Relay(Forwarder, Protocol):
-    """A forwarder that the spool delivers through: it names the upstreams, and how many deliveries they allow."""
+    """The spool's forwarder: names the upstreams of a recipient, and how many deliveries they allow."""
 
     def begin_along(self, destination: str, mail: Mail, record: TransactionRecord) -> MailTransaction:
-        """`begin`, by the upstreams of a destination, whatever senders and recipients they serve."""
+        """`begin`, with the upstreams of a destination, whichever senders and recipients they serve."""
         ...
 
     def refusal(self, mail: Mail) -> Reply | None:
-        """Why `begin` would refuse a mail for good, as far as is known without asking anybody."""
+        """The permanent refusal that `begin` would raise for a mail, as far as known without asking an upstream."""
         ...
 
     def destination(self, mail: Mail, recipient: Recipient) -> str | Reply:
-        """The name of the upstreams of a recipient, or why there are none. Recipients of one name travel together."""
+        """The name of a recipient's upstreams, or why there are none. Recipients with the same name travel together."""
         ...
 
     def keeps_8bit(self) -> bool:
-        """Whether 8-bit content leaves as it is: not as something else, and not refused."""
+        """Whether 8-bit content leaves unchanged: neither re-encoded nor refused."""
         ...
 
     def concurrency(self, destination: str) -> int:
@@ -165,22 +166,22 @@ class Relay(Forwarder, Protocol):
         ...
 
     def watch_room(self, made: Callable[[], None]) -> None:
-        """Have `made` called when more may be under way though none has ended."""
+        """Call `made` when more may be under way though none has ended."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one gateway asks of a limit that several keep together, and what became of its permits.
+    """One gateway's request to a shared limit, with the fate of its earlier permits.
 
     Attributes:
         name, count, period_seconds, burst, per_recipient: see `LimitSettings`.
-        in_flight: permits that were taken here and have not landed, in all.
+        in_flight: all permits taken here that have not landed.
         landed: since the last claim.
         unused: given back since then.
-        least: permits that are wanted, or none; 0: none are.
-        wanted: rather so many.
-        rest_seconds: nothing is to be sent for this long: the provider said that it is too much.
+        least: the fewest permits that are useful; 0: none are wanted.
+        wanted: the number preferred.
+        rest_seconds: send nothing for this long: the provider said that it gets too much.
     """
 
     name: str
@@ -201,8 +202,8 @@ class Grant:
     """The answer to a claim.
 
     Attributes:
-        granted: permits, at least the least that was wanted, or 0.
-        wait_seconds: where there are none: until it is worth asking again.
+        granted: permits, at least `least`, or 0.
+        wait_seconds: if there are none: until it is worth asking again.
         available: how many more there would have been.
     """
 
@@ -212,55 +213,54 @@ class Grant:
 
 
 HeldSlot = tuple[int, Hashable]
-"""A slot for a connection: its number, and since when it is held."""
+"""A connection slot: its number, and when it was taken."""
 
 
 class SlotHeard(Protocol):
-    """Called with what another gateway says about slots."""
+    """Called with another gateway's message about slots."""
 
     def __call__(self, *, is_wish: bool) -> None:
-        """It waits for some; or it has given some back."""
+        """The other gateway waits for slots; or it has given some back."""
         ...
 
 
 class SlotLedger(Protocol):
-    """Where the connection slots of several gateways are kept."""
+    """The store of several gateways' connection slots."""
 
     def term(self) -> object | None:
-        """A value that changes when slots that were taken here are no longer ours; None: that is unknown."""
+        """A value that changes when slots taken here are no longer ours; None: unknown."""
         ...
 
     async def hold(
         self, name: str, total: int, released: Collection[HeldSlot], wanted: int
     ) -> Collection[HeldSlot] | None:
-        """Give slots back, and take others.
+        """Give slots back, and take new ones.
 
         Args:
             name: of the upstream. `total`: how many slots it has.
-            wanted: at most so many more.
+            wanted: at most this many more.
 
         Returns:
-            All that are ours now; None: that is not known.
+            All slots that are ours now; None: unknown.
         """
         ...
 
     def watch_slots(self, name: str, heard: SlotHeard) -> None:
-        """Call `heard` with what other gateways say about the slots of an upstream."""
+        """Call `heard` with other gateways' messages about the slots of an upstream."""
         ...
 
 
 class LimitLedger(Protocol):
-    """Where limits are kept for several gateways."""
+    """The store of several gateways' limits."""
 
     def term(self) -> object | None:
-        """What changes when permits that were taken here count no more; None: it is not known whether they do. Cheap:
-        asked for each mail."""
+        """A value that changes when permits taken here no longer count; None: unknown. Cheap: read for each mail."""
         ...
 
     async def settle(self, claim: Claim) -> Grant | None:
-        """Take permits of a limit; None: none is available now, and the question may have to be repeated."""
+        """Take permits of a limit; None: no answer now, and the claim may have to be repeated."""
         ...
 
 
 class Ledger(LimitLedger, SlotLedger, Protocol):
-    """Where all is kept that gateways keep together."""
+    """The store of everything that several gateways share."""

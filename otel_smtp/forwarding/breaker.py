@@ -1,14 +1,14 @@
-"""How many connections one upstream takes just now: none after repeated failures, few at first, more with each success.
+"""How many connections one upstream is given: none after repeated failures, few at first, more with each success.
 
-Postfix's destination concurrency feedback, as a value machine without a clock. Only failures to get a connection that
-takes mail count (no connection, TLS, greeting, EHLO, AUTH); a refused mail says nothing about the upstream's health.
+Postfix's destination concurrency feedback, as a value machine without a clock. Only failures to open a connection for
+mail count (no connection, TLS, greeting, EHLO, AUTH); a refused mail says nothing about the upstream's health.
 """
 
 from enum import StrEnum
 from typing import Final
 
 INITIAL_WINDOW: Final = 5.0  # as Postfix begins: few enough for any upstream
-DEAD_AFTER_FAILURES: Final = 3  # in a row, and no less than a whole window of them
+DEAD_AFTER_FAILURES: Final = 3  # in a row, and at least a whole window of them
 FIRST_BACKOFF_SECONDS: Final = 1.0
 LONGEST_BACKOFF_SECONDS: Final = 60.0
 
@@ -25,11 +25,10 @@ class Breaker:
     """The health of one upstream.
 
     Args:
-        most: connections that are ever allowed.
+        most: the most connections ever allowed.
 
     Attributes:
-        window: connections that are allowed now; grows by one with each window of successes, shrinks by one with each
-            failure.
+        window: connections allowed now; grows by one with each window of successes, shrinks by one with each failure.
         is_at_best: another success would change nothing.
     """
 
@@ -64,7 +63,7 @@ class Breaker:
 
     @property
     def retry_at(self) -> float | None:
-        """When the next attempt is allowed; None where the upstream is not in backoff."""
+        """When the next attempt is allowed; None if the upstream is not in backoff."""
         return self._retry_at if self._state is BreakerState.OPEN else None
 
     def allows(self, now: float, connections: int) -> bool:
@@ -82,18 +81,18 @@ class Breaker:
         return self._state is BreakerState.OPEN and now < self._retry_at
 
     def concurrency(self, now: float) -> int:
-        """How many mails may be under way: the window; one, which decides, after a backoff; none during it."""
+        """How many mails may be under way: the window; none during a backoff; and one, the probe, after it."""
         if self._state is BreakerState.CLOSED:
             return int(self.window)
         return 0 if self.is_dead(now) else 1
 
     def begin(self) -> None:
-        """An attempt to open begins; the first one after a backoff is the probe."""
+        """An attempt to open a connection begins; the first one after a backoff is the probe."""
         if self._state is BreakerState.OPEN:
             self._state = BreakerState.PROBING
 
     def give_up(self) -> None:
-        """An attempt ended without a verdict, as by a cancel."""
+        """An attempt ended without a verdict, for example by a cancellation."""
         if self._state is BreakerState.PROBING:
             self._state = BreakerState.OPEN
 
@@ -102,7 +101,7 @@ class Breaker:
         self._failures = 0
         self._failed_windows = 0.0
         if self._state is not BreakerState.CLOSED:
-            # Slow start: an upstream that comes back is not met with all that has been waiting.
+            # Slow start: an upstream that returns does not get all waiting mail at once.
             self._state = BreakerState.CLOSED
             self._backoff_seconds = FIRST_BACKOFF_SECONDS
             self.window = 1.0
@@ -111,9 +110,9 @@ class Breaker:
         self.is_at_best = self.window >= self._most
 
     def failed(self, now: float) -> None:
-        """No connection that takes mail came about."""
+        """No connection for mail could be opened."""
         if self._state is BreakerState.OPEN:
-            return  # attempts begun before the verdict add nothing to it
+            return  # attempts begun before the verdict do not count
         self.is_at_best = False
         if self._state is BreakerState.PROBING:
             self._backoff_seconds = min(LONGEST_BACKOFF_SECONDS, self._backoff_seconds * 2)

@@ -1,13 +1,12 @@
-"""How many connections one upstream takes at once, as learnt from those that it refused.
+"""The connection cap of one upstream, learnt from refused connections.
 
-An upstream that caps connections does not announce how many it takes; it refuses the next one. The number that was
-open then is its ceiling. It is remembered, and probed with one connection more from time to time: rarely, if that is
-refused.
+An upstream that caps connections does not announce the number; it refuses the next one. The number open at that moment
+is its ceiling. It is remembered, and probed with one more connection from time to time: rarely, if that is refused.
 
-The workers of one gateway share what was learnt, and the connections below the ceiling: each has an equal part, and
-where there are fewer connections than workers that want one, they take turns. They share a few numbers in
-memory that their parent made before it forked them. Each worker writes a column of its own; the head of the table is
-everybody's. There is no lock: an update that is lost costs one more refused connection, and no mail.
+The workers of one gateway share the ceiling and the connections below it: each gets an equal part, and if there are
+fewer connections than workers that want one, they take turns. They share a few numbers in memory that their parent
+allocated before forking. Each worker writes its own column; all write the head of the table. There is no lock: a lost
+update costs one more refused connection, and no mail.
 
 All times are by the monotonic clock, which all processes of a machine share.
 """
@@ -19,19 +18,21 @@ from collections.abc import Sequence
 from typing import Final
 
 FIRST_PROBE_SECONDS: Final = 10.0
-"""After a ceiling was learnt, until one connection more is tried; doubled each time that it is refused, and halved each
-time that it is taken: a ceiling learnt from a passing fault is soon forgotten."""
+"""From learning a ceiling until one more connection is tried; doubled each time that it is refused, and halved each
+time that it is accepted: a ceiling learnt from a passing fault is soon forgotten.
+"""
 SHORTEST_PROBE_SECONDS: Final = 1.0
 LONGEST_PROBE_SECONDS: Final = 600.0
 WORKS_SECONDS: Final = 60.0
-"""An upstream works if a connection to it is open, and it said something within this time: a reply to a message may
-take a while, and a host that has vanished keeps connections open that lead nowhere."""
+"""An upstream works if a connection to it is open, and it sent something within this time: a reply to a message may
+take a while, and connections to a vanished host stay open.
+"""
 TURN_SECONDS: Final = 2.0
-"""How long a worker has its turn where there is not one connection for each."""
+"""How long a worker's turn lasts if there is not one connection for each."""
 LINGERING_SECONDS: Final = 1.0
 """After a connection was closed, how long the upstream may still count it."""
 HANDED_ON_SECONDS: Final = 0.1
-"""After one worker closed a connection, until another opens one in its place: the upstream has to notice first."""
+"""Between one worker's closing a connection and another's opening one: the upstream must notice first."""
 
 # The head of the table, then the columns.
 _LEVEL, _PROBE_AT, _PROBE_SECONDS, _HEAD = 0, 1, 2, 3
@@ -39,25 +40,25 @@ _OPEN, _OPENING, _WAITING, _HEARD_AT, _CLOSED_AT, _COLUMN = 0, 1, 2, 3, 4, 5
 
 
 class SharedCeilings:
-    """The memory for the ceilings of several upstreams, shared by the processes that are forked after it was made.
+    """The memory for the ceilings of several upstreams, shared with processes forked later.
 
     Args:
         upstreams: their names.
-        workers: how many there are.
+        workers: their number.
     """
 
     def __init__(self, upstreams: Sequence[str], workers: int) -> None:
         self._upstreams = upstreams
         self._workers = workers
-        # A worker and its successor are there at the same time, so each place has two columns.
+        # A worker and its successor coexist, so each place has two columns.
         self._columns = 2 * workers
         self._table_cells = _HEAD + self._columns * _COLUMN
         cells = self._columns + len(upstreams) * self._table_cells
-        self._cells = memoryview(mmap.mmap(-1, cells * 8)).cast("d")  # the first ones are process ids
+        self._cells = memoryview(mmap.mmap(-1, cells * 8)).cast("d")  # the first cells are process ids
 
     def claim(self, place: int) -> "dict[str, Ceiling]":
-        """The ceilings by the upstreams' names, as the worker sees them that calls; its column is free again when its
-        process is gone.
+        """Claim a column for the calling worker; returns its ceilings by upstream name. The column is free again once
+        the process has gone.
 
         Args:
             place: of the worker, from 0.
@@ -75,7 +76,7 @@ class SharedCeilings:
 
 
 def is_alive(process_id: int) -> bool:
-    """Whether there is another process of that id."""
+    """Whether another process with this id exists."""
     if process_id in (0, os.getpid()):
         return False
     try:
@@ -88,10 +89,10 @@ def is_alive(process_id: int) -> bool:
 
 
 class Ceiling:
-    """The ceiling of one upstream, and our share of it. It has no clock: callers pass the time.
+    """The ceiling of one upstream, and our share of it. Callers pass the time.
 
     Args:
-        cells: a table that other processes see too, of 64-bit floating-point numbers; None: one of our own.
+        cells: a table of 64-bit floating-point numbers, shared with other processes; None: a private one.
         column: ours.
 
     Attributes:
@@ -111,21 +112,21 @@ class Ceiling:
 
     @property
     def level(self) -> float:
-        """The most connections that it takes from all workers together; infinity while it has refused none."""
+        """The most connections that it accepts from all workers together; infinity while it has refused none."""
         return self._cells[_LEVEL] or math.inf
 
     def forget_column(self) -> None:
-        """Nothing is open here yet."""
+        """Clear our column: nothing is open here yet."""
         self.note(0, 0, 0, 0.0)
         self._cells[self._first + _CLOSED_AT] = 0.0
 
     def note(self, open_: int, opening: int, waiting: int, heard_at: float) -> None:
-        """Note how things stand in this process.
+        """Note the state of this process.
 
         Args:
             open_, opening: connections.
             waiting: mails that wait for one.
-            heard_at: when the upstream last said something on one.
+            heard_at: when the upstream last sent something on one.
         """
         cells, first = self._cells, self._first
         cells[first + _OPEN] = open_
@@ -137,7 +138,7 @@ class Ceiling:
         """A connection was closed here."""
         self._cells[self._first + _CLOSED_AT] = now
 
-    # What is known ----------------------------------------------------------------------------------------
+    # Known ----------------------------------------------------------------------------------------
 
     def works(self, now: float) -> bool:
         """Whether the upstream serves connections, here or in another worker."""
@@ -147,8 +148,7 @@ class Ceiling:
         )
 
     def may_count_closed(self, now: float) -> bool:
-        """Whether it caps connections, and one was closed so lately, here or in another worker, that it may not have
-        noticed."""
+        """Whether it caps connections, and may not have noticed a recent close, here or in another worker."""
         if self.level == math.inf:
             return False
         return any(0 < self._cells[first + _CLOSED_AT] > now - LINGERING_SECONDS for first in self._columns())
@@ -159,7 +159,7 @@ class Ceiling:
         return self._sum(_OPENING) > 0
 
     def share(self, now: float) -> float:
-        """How many of the connections are ours: an equal part among the workers that have or want any."""
+        """Our share of the connections: an equal part among the workers that have or want any."""
         level = self.level
         if not self.is_shared or level == math.inf:
             return level
@@ -170,14 +170,14 @@ class Ceiling:
             if first == mine or cells[first + _OPEN] or cells[first + _OPENING] or cells[first + _WAITING]
         ]
         each, rest = divmod(int(level), len(active))
-        # The rest would change hands at each turn, for nothing, where everybody has one.
+        # If each worker has one, moving the remainder around at each turn gains nothing.
         turn = int(now / TURN_SECONDS) if each == 0 else 0
         return each + int((active.index(mine) + turn) % len(active) < rest)
 
     def allows(self, now: float) -> bool:
-        """Whether one more connection may be opened here, as `note` was told how things stand.
+        """Whether one more connection may be opened here, given the state last passed to `note`.
 
-        Where only an attempt can show it, one is allowed once in a while.
+        If only an attempt can tell, one is allowed now and then.
         """
         level = self.level
         if level == math.inf:
@@ -194,20 +194,20 @@ class Ceiling:
         self._is_probing = True
         return True
 
-    # What is learnt ---------------------------------------------------------------------------------------
+    # Learnt ---------------------------------------------------------------------------------------
 
     def opened(self, now: float) -> None:
-        """One more connection was opened, and has been noted."""
+        """One more connection was opened, and `note` has been called."""
         if self._sum(_OPEN) > self.level:
             seconds = min(FIRST_PROBE_SECONDS, self._cells[_PROBE_SECONDS]) / 2
             self._learn(self._sum(_OPEN), now, max(SHORTEST_PROBE_SECONDS, seconds))
         self._is_probing = False
 
     def refused(self, now: float, lingering: int = 0) -> None:
-        """A connection was refused while others work; it is not noted any more.
+        """A connection was refused while others work; `note` no longer counts it.
 
         Args:
-            lingering: connections that were closed so lately that the upstream may have counted them.
+            lingering: connections closed so recently that the upstream may have counted them.
         """
         cells = self._cells
         level = max(1.0, self._sum(_OPEN) + self._sum(_OPENING) + lingering)

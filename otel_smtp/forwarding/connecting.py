@@ -1,8 +1,8 @@
-"""How an attempt gets a connection: a kept one at once, else one that it asks for and waits for, within the limits of
-the upstream.
+"""How an attempt gets a connection: a kept one at once, or one that it requests and waits for, within the limits of the
+upstream.
 
-The common case goes straight through: `_connect` takes a connection that lies idle, and `_begin` goes on with it.
-A delivery that waits is called back by the pool, by the opening of a connection, or by the limits, and goes on then.
+In the common case `_connect` takes an idle connection, and `_begin` continues with it at once. A delivery that waits is
+called back by the pool, by the opening of a connection, or by the limits.
 """
 
 import asyncio
@@ -29,24 +29,24 @@ from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.extensions import missing_extension
 from otel_smtp.smtp.replies import Reply
 
-_POOL: Final = DeliveryPhase.POOL  # see `smtp.client.answers` for why such names are here
+_POOL: Final = DeliveryPhase.POOL  # see `smtp.client.answers` for the reason of these names
 
 
 class Retry(Enum):
-    """On what connection the same upstream is asked again."""
+    """The kind of connection on which the same upstream is asked again."""
 
     ANY = auto()
     FRESH = auto()
 
 
 class Tried(NamedTuple):
-    """What was tried before for a mail, in vain. For most mails it is nothing.
+    """The earlier, failed attempts for a mail; most mails have none.
 
     Attributes:
-        faults: of the attempts without a usable answer, in their order.
+        faults: of the attempts without a usable answer, in order.
         again: the upstreams that have had their second chance.
-        put_off: a refusal on a connection that had served before; a fresh one is asked.
-        refusals: those that were read before a connection was lost.
+        put_off: a refusal on a used connection; a fresh one is asked.
+        refusals: those read before a connection was lost.
     """
 
     faults: tuple[UpstreamFault, ...] = ()
@@ -59,7 +59,7 @@ NOTHING_TRIED: Final = Tried()
 
 
 class Relaying(Protocol):
-    """The forwarder that a transaction is of."""
+    """The forwarder of a transaction."""
 
     @property
     def observer(self) -> Observer:
@@ -68,7 +68,7 @@ class Relaying(Protocol):
 
     @property
     def memory_limit_octets(self) -> int:
-        """Of one message's body; what exceeds it goes to a temporary file."""
+        """The most memory for one message's body; the rest goes to a temporary file."""
         ...
 
     @property
@@ -77,18 +77,18 @@ class Relaying(Protocol):
         ...
 
     def watch(self, delivery: Any) -> None:
-        """Note a delivery that goes on to its end, though its client no longer waits for it."""
+        """Note a delivery that continues to its end without its client."""
         ...
 
     def unwatch(self, delivery: Any) -> None:
-        """Forget it: it has ended."""
+        """Forget a delivery that has ended."""
         ...
 
 
 class Connecting(ABC):
-    """An attempt and its connection; see `Attempts`, which goes along the upstreams, for arguments and attributes.
+    """An attempt and its connection; see `Attempts`, which tries the upstreams, for arguments and attributes.
 
-    What it has from the beginning is set by `Delivery`, for all parts of it at once.
+    `Delivery` sets the initial attributes of all its base classes at once.
     """
 
     __slots__ = (
@@ -126,17 +126,17 @@ class Connecting(ABC):
     begins_fresh: bool
     waits_for_limits: bool
     _tried: "Tried"
-    _retry: Retry | None  # the next connection is one to the same upstream, within the same attempt
+    _retry: Retry | None  # the next connection goes to the same upstream, within the same attempt
     _since: float | None  # its place among the waiters for a connection; None: a new one
     _ticket: Ticket[UpstreamConnection] | None
-    _permission: WaitingMail | None  # of the upstream's limits, where it has some
+    _permission: WaitingMail | None  # of the upstream's limits, if it has any
     _is_connected: bool
     _is_open: bool  # the upstream has answered MAIL with 2yz on this connection
     is_under_way: bool
     has_ended_content: bool
-    _work: Callable[[Any], None]  # takes self: a bound method would keep us alive by a cycle
+    _work: Callable[[Any], None]  # takes self: a bound method would form a reference cycle
     _opening: asyncio.Task[None] | None  # set with the ticket
-    # Of the attempt; they are set when it begins, and when it has got its connection.
+    # Of the attempt; set when it begins, and when it gets its connection.
     _attempt: DeliveryRecord
     _smarthost: Smarthost
     _connection: UpstreamConnection
@@ -144,7 +144,7 @@ class Connecting(ABC):
 
     @abstractmethod
     def _recover(self, error: Exception) -> None:
-        """Decide what follows from whatever went wrong in a step."""
+        """Decide what follows from an exception in a step."""
 
     @abstractmethod
     def _fail(self, fault: UpstreamFault) -> None:
@@ -152,7 +152,7 @@ class Connecting(ABC):
 
     @abstractmethod
     def _pass_by(self, refusal: Reply) -> None:
-        """The upstream at hand lacks what the mail needs."""
+        """The current upstream lacks an extension that the mail needs."""
 
     @abstractmethod
     def _nobody_left(self) -> None:
@@ -160,11 +160,11 @@ class Connecting(ABC):
 
     @abstractmethod
     def _recipients_to_come(self) -> int:
-        """How many recipients will be put to the upstream at first."""
+        """How many recipients the upstream will be asked about at first."""
 
     @abstractmethod
     def _has_ascii_recipients(self) -> bool:
-        """Whether those that are put to an upstream at first need no SMTPUTF8."""
+        """Whether none of these needs SMTPUTF8."""
 
     # A connection ------------------------------------------------------------------------------------------
 
@@ -172,8 +172,7 @@ class Connecting(ABC):
         """Begin the next attempt, or go on with this one.
 
         Returns:
-            Whether there is a connection for it at once. Else the work is done when there is one, or it came to
-            nothing.
+            Whether there is a connection for it at once. Otherwise the work continues when there is one, or has failed.
         """
         now_ns = monotonic_ns()
         route = self.route
@@ -196,21 +195,21 @@ class Connecting(ABC):
         else:
             self._nobody_left()
             return False
-        # By the loop's clock, as all deadlines: the age of connections is one.
+        # By the loop's clock, as all deadlines, including the age of connections.
         if not is_fresh and (connection := smarthost.take(asyncio.get_running_loop().time())) is not None:
             return self._begin(connection, 0, now_ns)
         self._ask_for_connection(is_fresh=is_fresh)
         return False
 
     def _begin(self, connection: UpstreamConnection, wait_ns: int | None, now_ns: int) -> bool:
-        """Go on with a connection that has just been got.
+        """Continue with a connection just obtained.
 
         Args:
-            wait_ns: for a connection that was used before; None: it was opened for this attempt.
-            now_ns: when it was got.
+            wait_ns: the wait for a used connection; None: it was opened for this attempt.
+            now_ns: when it was obtained.
 
         Returns:
-            Whether the work can be done on it. Else the upstream lacks what the mail needs, and was passed by.
+            Whether the work can be done on it. Otherwise the upstream lacks an extension, and was passed by.
         """
         attempt = self._attempt
         if wait_ns is not None:
@@ -219,7 +218,7 @@ class Connecting(ABC):
             attempt.pool_wait_ns = wait_ns
             attempt.phases.append((now_ns, _POOL, None))
             if connection.opening is not None:
-                # Opened before there was a mail for it, to learn what the upstream offers: this mail is its first.
+                # Opened before there was any mail, to learn the upstream's extensions: this mail is its first.
                 for phase, reply in connection.opening:
                     attempt.phases.append((now_ns, phase, reply))
                 attempt.is_reused = False
@@ -238,9 +237,9 @@ class Connecting(ABC):
         attempt.tls = stream.tls
         declared, size = self._mail.size, extensions.size
         if self._is_plain and (declared is None or not size or declared <= size):
-            return True  # as most mail, it needs nothing
+            return True  # like most mail, it needs no extension
         refusal = missing_extension(self._mail, extensions, is_tls=stream.tls is not None)
-        # What was declared 8-bit may be 7-bit; where no other upstream is left, the content decides.
+        # Content declared 8-bit may be 7-bit; if no other upstream is left, the content decides.
         if refusal is not None and (
             refusal is not replies.NEEDS_8BITMIME or (self.route and not self._smarthost.settings.reencode_8bit)
         ):
@@ -295,7 +294,7 @@ class Connecting(ABC):
             self._recover(error)
 
     def _stop(self) -> None:
-        """Wait for no connection any more."""
+        """Stop waiting for a connection."""
         ticket, self._ticket = self._ticket, None
         if ticket is not None:
             opening, self._opening = self._opening, None
@@ -308,7 +307,7 @@ class Connecting(ABC):
     # The limits of the upstream ----------------------------------------------------------------------------
 
     def _must_wait(self, pace: Pace) -> bool:
-        """Ask for leave to send; whether it is still to come.
+        """Ask the limits for permission to send; returns whether the mail must wait.
 
         Raises:
             Paced: it takes too long.
@@ -345,8 +344,7 @@ class Connecting(ABC):
     # Leaving it --------------------------------------------------------------------------------------------
 
     def _reclaimed(self) -> None:
-        """The connection was left alone, and is another mail's now; the work is begun once more when there is more of
-        it."""
+        """The parked connection was given to another mail; the work starts again when it has something to send."""
         self._is_connected = False
         self._retry = Retry.ANY
         self._since = self._attempt.begun_ns / 1e9  # of the loop's clock, too

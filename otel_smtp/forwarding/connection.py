@@ -1,12 +1,11 @@
-"""One connection to an upstream: a stream joined to a ClientProtocol, with its deadlines.
+"""One connection to an upstream: a stream, a ClientProtocol, and their deadlines.
 
 The one rule that matters: while an exchange is under way the connection is out of step, and only the last awaited
-answer brings it back. Whatever ends the exchange otherwise (a deadline, a mail that gives up, a fault, our own bug)
-leaves it out of step, and such a connection is closed and never used again. There is nothing to remember and nothing to
-clean up.
+answer brings it back. Any other end of the exchange (a deadline, a mail that gives up, a fault, our own bug) leaves it
+out of step, and such a connection is closed and never used again. There is nothing to clean up.
 
-An exchange is begun by `exchange`, and ends by one call back. Octets that arrive are pushed here by the stream, in the
-call in which the transport delivers it. `opening` opens connections.
+`exchange` begins an exchange, which ends with one callback. The stream pushes arriving octets here, within the
+transport's call. `opening` opens connections.
 """
 
 import asyncio
@@ -36,25 +35,27 @@ PART_SECONDS: Final = 2.0
 """How long an upstream may take to end a connection after QUIT."""
 
 Settled = Callable[[ExchangeAnswers, UpstreamFault | None], None]
-"""Takes the answers of an exchange, in order, and what ended it before its last answer; None where nothing did. It must
-not raise."""
+"""Takes the answers of an exchange, in order, and the fault that ended it before its last answer, if any. It must not
+raise.
+"""
 
 
 class UpstreamConnection:
-    """A connection that has been greeted, put under TLS and authenticated as its upstream wants.
+    """A connection after greeting, TLS and authentication.
 
     Attributes:
-        stream, protocol: what it is made of; commands and content are queued in the protocol.
-        is_alive: in step, and nothing has been heard of it since its last answer: neither octets nor its end.
-        opening: the steps of its opening, where it was opened for no mail and has served none yet; else None.
-        messages: transactions that were begun on it; `most_messages`: at most. `most_recipients`: of one of them.
-        opened_at, used_at: by the loop's clock; when it was opened, and released last. `expires_at`: from when on no
-            transaction is begun on it.
-        is_spent: no further transaction is begun on it.
-        parked: its transaction has nothing to say for now, and the pool may take it away; None: it goes on, or there is
-            none.
-        needs_reset: the last transaction was left open: RSET goes before the next MAIL, in the same group.
-        round_trips: for the present mail, each wait for an answer to something that was sent.
+        stream, protocol: its parts; commands and content are queued in the protocol.
+        is_alive: in step, and neither octets nor its end have arrived since its last answer.
+        opening: the steps of its opening, if it was opened before there was a mail and has served none yet; otherwise
+            None.
+        messages: transactions begun on it; `most_messages`: the most allowed. `most_recipients`: the most in one of
+            them.
+        opened_at, used_at: by the loop's clock; when it was opened, and released last. `expires_at`: no transaction
+            begins on it after this.
+        is_spent: no further transaction may begin on it.
+        parked: its transaction pauses, and the pool may take the connection away; None: not paused, or no transaction.
+        needs_reset: the last transaction was left open: send RSET before the next MAIL, in the same group.
+        round_trips: for the current mail, the number of waits for an answer.
         on_lost: called when the connection stops being alive between two exchanges.
     """
 
@@ -115,8 +116,8 @@ class UpstreamConnection:
         self.on_lost: Callable[[UpstreamConnection], None] | None = None
         self._timeouts = timeouts
         self._patience_seconds = _patience_seconds(timeouts)
-        self._answers: list[Answer] = []  # of the exchange under way, where some are still to come
-        self._asked_at = 0.0  # when it began to wait for what it waits for
+        self._answers: list[Answer] = []  # of the current exchange, while more are to come
+        self._asked_at = 0.0  # when the current wait began
         self._on_settled: Settled | None = None  # None: no exchange is under way
         self._stop_at: AbstractSet[Awaited] | None = _NOTHING  # None: see `_is_in_content`
         self._on_writable: Callable[[], None] | None = None
@@ -126,12 +127,12 @@ class UpstreamConnection:
 
     @property
     def extensions(self) -> Extensions:
-        """What the upstream offers on this connection."""
+        """The upstream's extensions on this connection."""
         return self.protocol.extensions
 
     @property
     def idle_seconds(self) -> float:
-        """Since it was released last, or opened."""
+        """Time since it was last released, or opened."""
         return self._loop.time() - self.used_at
 
     def ensure_alive(self) -> None:
@@ -153,13 +154,13 @@ class UpstreamConnection:
     # Exchanges --------------------------------------------------------------------------------------------
 
     def exchange(self, on_settled: Settled, *, stop_at: AbstractSet[Awaited] = _NOTHING) -> None:
-        """Send what is queued, and call `on_settled` when everything is answered; each answer has its own time.
+        """Send the queued commands, and call `on_settled` when all are answered; each answer has its own deadline.
 
-        The fault is ConnectionLost where the upstream went away, was silent for too long (then TimedOut) or said 421;
-        OutOfStep where it broke the protocol. The answers that came before it count.
+        The fault is ConnectionLost if the upstream left, was silent for too long (then TimedOut) or said 421; OutOfStep
+        if it broke the protocol. Earlier answers count.
 
         Args:
-            stop_at: verbs whose refusal makes what is queued and not sent yet pointless; it is taken back.
+            stop_at: verbs whose refusal makes unsent commands pointless; these are then taken back.
         """
         self.is_alive = False
         self._on_settled = on_settled
@@ -173,13 +174,13 @@ class UpstreamConnection:
             self._end(self._lost())
 
     def send_content(self, on_settled: Settled, on_writable: Callable[[], None]) -> bool:
-        """Send a piece of content that was queued, and that is not the last: `exchange` sends that.
+        """Send a queued piece of content other than the last, which `exchange` sends.
 
-        Meanwhile the upstream may refuse the content, or go away: then `on_settled` is called, as for an exchange, and
-        `on_writable` is not called any more.
+        Meanwhile the upstream may refuse the content, or leave: then `on_settled` is called, as for an exchange, and
+        `on_writable` no more.
 
         Returns:
-            Whether more can be sent at once. Else `on_writable` is called when it can.
+            Whether more can be sent at once. If not, `on_writable` is called when it can.
         """
         self.is_alive = False
         self._on_settled = on_settled
@@ -195,7 +196,7 @@ class UpstreamConnection:
         return False
 
     async def settled(self) -> list[Answer]:
-        """`exchange`, for a coroutine; the stream is read from the first one on.
+        """`exchange` as a coroutine; the first one starts reading the stream.
 
         Raises:
             UpstreamFault: as for `exchange`.
@@ -227,7 +228,7 @@ class UpstreamConnection:
 
     @property
     def deadline(self) -> float:
-        """When the exchange under way fails, by the loop's clock; infinity: there is none, or it is our turn."""
+        """When the current exchange fails, by the loop's clock; infinity: there is none, or it is our turn."""
         if self._on_settled is None:
             return math.inf
         if self._is_in_content:
@@ -235,7 +236,7 @@ class UpstreamConnection:
         return self._asked_at + self._patience_seconds[self._awaited]
 
     def check_deadline(self, now: float) -> None:
-        """End an exchange that takes too long; to be called a few times a second while one may be under way."""
+        """End an exchange that takes too long; call it a few times per second while one may be under way."""
         if self._on_settled is not None and now >= self.deadline:
             self._end(self._late())
 
@@ -253,7 +254,7 @@ class UpstreamConnection:
 
     @property
     def _is_in_content(self) -> bool:
-        """The end of the content has not been sent; whatever is answered now ends the exchange."""
+        """Whether the end of the content has not been sent yet, so that any answer ends the exchange."""
         return self._stop_at is None
 
     @property
@@ -261,23 +262,23 @@ class UpstreamConnection:
         return self.protocol.awaited[0] if self.protocol.awaited else None
 
     def abandon(self) -> None:
-        """The result of the exchange under way is no longer wanted; the connection stays out of step."""
+        """Drop the result of the current exchange; the connection stays out of step."""
         self._on_settled = self._on_writable = None
 
     def close(self) -> None:
-        """End it: QUIT without waiting for the answer if it is in step, else at once. Idempotent."""
+        """End it: QUIT without waiting for the answer if it is in step, otherwise at once. Idempotent."""
         self.on_lost = None
         if not self.is_alive:
             self.stream.abort()
             return
-        # RFC 5321 4.1.1.10 asks a client to wait for the reply; nothing is gained by that.
+        # RFC 5321 4.1.1.10 tells a client to wait for the reply; that gains nothing.
         self.is_alive = False
         self.protocol.send_quit()
         self._flush()
         self.stream.close()
 
     def part(self, gone: Callable[[bool], None]) -> None:
-        """End it, and report when the upstream has ended it too: QUIT, and wait for that (RFC 5321 4.1.1.10).
+        """End it by QUIT, and report when the upstream has ended it too (RFC 5321 4.1.1.10).
 
         Args:
             gone: called with whether the upstream is known to have noticed.
@@ -303,7 +304,7 @@ class UpstreamConnection:
         self._flush()
 
     def _flush(self) -> None:
-        """Write what may travel now, in one piece."""
+        """Write everything that may be sent now, in one piece."""
         if data := self.protocol.data_to_send():
             self.round_trips += 1
             self.stream.write(data)
@@ -320,12 +321,12 @@ class UpstreamConnection:
     # Receiver ---------------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """Match what arrived with what was asked."""
+        """Match arriving replies with commands."""
         protocol = self.protocol
         answers = protocol.receive(data)
         on_settled = self._on_settled
         if protocol.is_in_step and on_settled is not None:
-            # As `_end`, at once: all is answered, by nothing that ends the connection. It goes so for each mail.
+            # The same as `_end`, inlined: all is answered, and the connection stays open. Every mail takes this path.
             if self._answers:
                 answers = ExchangeAnswers((*self._answers, *answers))
                 self._answers = []
@@ -348,7 +349,7 @@ class UpstreamConnection:
             fault.__cause__ = protocol.fault
             self._end(fault)
         elif answers:
-            # Before the end of the content the engine takes nothing but a refusal of it.
+            # Before the end of the content the engine accepts only a refusal of it.
             if not (protocol.awaited or protocol.queued) or self._is_in_content:
                 self._end(None)
                 return
@@ -377,7 +378,7 @@ class UpstreamConnection:
 
 @lru_cache(maxsize=64)
 def _patience_seconds(timeouts: Timeouts) -> Mapping[Awaited | None, float]:
-    """How long each answer may take."""
+    """How long the awaited answer may take."""
     patience: dict[Awaited | None, float] = {
         **dict.fromkeys((*Awaited, None), timeouts.command),
         Awaited.GREETING: timeouts.greeting,

@@ -1,8 +1,8 @@
 """The content of one message, held until an upstream has taken it: in memory while it is small, in a file beyond.
 
-It can be read as often as another upstream has to be tried, also by several at once. The header block is held apart, as
-each delivery puts its own trace headers there. The file is written and read in threads, as both may wait for a disk; a
-small message knows nothing of that.
+It can be read once per upstream tried, also by several at once. The header block is held separately, as each delivery
+adds its own trace headers. The file is written and read in threads, as both may wait for a disk; small messages need
+none of that.
 """
 
 import asyncio
@@ -26,23 +26,23 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 READ_OCTETS: Final = 256 * 1024
-"""What is read from the file at a time: a trip to a thread costs as much as copying this much."""
+"""Octets read from the file at a time: a trip to a thread costs as much as copying this many."""
 
 
 class Content:
     """A message that is being collected, then sent.
 
     Args:
-        memory_limit_octets: of the body; what exceeds it goes to an unnamed temporary file.
-        resume: called, once, after a `write` that returned False, when more can be taken.
-        header, body: of a message that is there as a whole, and small enough; then nothing is to be written.
+        memory_limit_octets: for the body; the rest goes to an unnamed temporary file.
+        resume: called once after a `write` that returned False, when more can be taken.
+        header, body: of a whole, small enough message; then `write` must not be called.
 
     Attributes:
-        header: the whole header block, as it came; b"" before.
+        header: the whole header block, unchanged; b"" before it arrives.
         pieces: the body, while it is in memory; None: it is in the file, see `read`.
-        body_octets: of all that follows the header block, the empty line included.
-        failure: the reply to the client if the message could not be held; from then on it is taken, and dropped.
-        original: the content that this is the re-encoded form of; None: it is as the client sent it.
+        body_octets: octets behind the header block, including the empty line.
+        failure: the reply to the client if the message could not be held; the rest is then taken and dropped.
+        original: the content of which this is the re-encoded form; None: this is the client's.
     """
 
     __slots__ = (
@@ -64,8 +64,8 @@ class Content:
         "pieces",
     )
 
-    # Of the file; they are set when there is one.
-    _is_writing: bool  # a thread is; nothing more comes before it is done
+    # Of the file; set once there is one.
+    _is_writing: bool  # a thread works on the file; nothing more comes before it is done
     _has_8bit_in_file: bool
     _completed: Callable[[], None] | None
 
@@ -76,7 +76,7 @@ class Content:
         self.body_octets = len(body)
         self.failure: Reply | None = None
         self._memory_limit = memory_limit_octets
-        self._most_octets = memory_limit_octets  # of the body, before more of it goes to the file
+        self._most_octets = memory_limit_octets  # of the body, before the rest goes to the file
         self._resume = resume
         self._held = [body] if body else []  # of the body, not in the file
         self.pieces: list[bytes] | None = self._held
@@ -89,7 +89,7 @@ class Content:
     # Collecting -------------------------------------------------------------------------------------------
 
     def write(self, chunk: bytes) -> bool:
-        """Hold some more of the message, the header block first; whether more may come now."""
+        """Hold another piece of the message, the header block first; returns whether more may come now."""
         if not self.header:
             self.header = chunk
             return True
@@ -102,7 +102,7 @@ class Content:
         return self._file is None or not self._is_writing
 
     def complete(self, completed: Callable[[], None]) -> None:
-        """All of it has come; `completed` is called when it can be read, or `failure` is known, perhaps at once."""
+        """The message is complete; calls `completed` when it can be read, or `failure` is set, perhaps at once."""
         if self._file is None:
             completed()
             return
@@ -114,7 +114,7 @@ class Content:
         self._completed = completed
 
     def close(self) -> None:
-        """Free what it holds, and make no further call; the file has no name and is gone with this. Idempotent."""
+        """Free memory and file, and make no further call; the file has no name and vanishes. Idempotent."""
         self._is_closed = True
         self._held.clear()
         if isinstance(self._reencoded, Content):
@@ -122,13 +122,14 @@ class Content:
         self._reencoded = self.original = None
         if self._file is not None:
             self._completed = None
-            # Were it closed while a thread uses it, the thread might write into whatever gets the file's number next.
+            # If it were closed while a thread uses it, the thread might write into the next file with the same
+            # descriptor.
             if not self._threads:
                 self._file.close()
 
     @property
     def is_8bit(self) -> bool:
-        """Whether any octet of it is above 127."""
+        """Whether any octet is above 127."""
         if self._file is not None and self._has_8bit_in_file:
             return True
         return not self.header.isascii() or not all(map(bytes.isascii, self._held))
@@ -145,7 +146,7 @@ class Content:
 
         Args:
             offset: where it begins, less than `body_octets`.
-            answered: takes the piece, at least one octet; None: the file cannot be read.
+            answered: takes the piece, at least one octet; or None: the file cannot be read.
         """
         assert self._file is not None
         self._in_thread(partial(self._piece_read, answered), _read, self._file, offset)
@@ -153,14 +154,14 @@ class Content:
     def _piece_read(
         self, answered: Callable[[bytes | None], None], piece: bytes | None, error: BaseException | None
     ) -> None:
-        answered(piece or None)  # an end before the end is no better than an error
+        answered(piece or None)  # a premature end counts as an error
 
     def reencode(self, answered: "Callable[[Content | Reply], None]") -> None:
-        """Make 7-bit what is 8-bit: see `reencoding`. All of it has come.
+        """Re-encode 8-bit content as 7-bit: see `reencoding`. The message must be complete.
 
         Args:
-            answered: takes another content, which lives as long as this one; or why there is none. Perhaps at once: the
-                work is done once, in a thread.
+            answered: takes the re-encoded content, which lives as long as this one, or the reason why there is none.
+                Perhaps at once: the work is done only once, in a thread.
         """
         if self._reencoded is not None:
             answered(self._reencoded)
@@ -196,7 +197,7 @@ class Content:
     # ------------------------------------------------------------------------------------------------------
 
     def _spill(self) -> None:
-        """Move what is held to the file."""
+        """Move the held octets to the file."""
         if self._file is not None and self._is_writing:
             return
         data, self._held = self._held, []
@@ -223,7 +224,7 @@ class Content:
         if error is not None:
             self._fail(error)
         elif self.body_octets > self._most_octets or (self._held and self._completed is not None):
-            self._spill()  # more had been on its way
+            self._spill()  # more had arrived meanwhile
             return
         completed, self._completed = self._completed, None
         if completed is not None:
@@ -266,7 +267,7 @@ def _storage_reply(error: BaseException) -> Reply:
 
 
 class _Made(NamedTuple):
-    """A re-encoded message; its body, of so many octets, is in `pieces`, or in `file` where it was in one."""
+    """A re-encoded message; its body is in `pieces`, or in `file` if the original's was in one."""
 
     header: bytes
     octets: int
@@ -278,7 +279,7 @@ def _reencode(header: bytes, pieces: Sequence[bytes], file: IO[bytes] | None, oc
     """In a thread.
 
     Args:
-        pieces: the body, where it is not in `file`.
+        pieces: the body, unless it is in `file`.
         octets: of the body.
 
     Raises:

@@ -1,15 +1,15 @@
-"""One transaction upstream: what is said on a connection for one mail, and what the answers mean.
+"""One transaction upstream: the dialogue on a connection for one mail.
 
 A `Delivery` takes orders (`ask` about recipients, `send` the content, `burst` all of it), and reports the result of
-each by one callback. In between it goes on by itself: each step queues commands, begins an exchange on its connection,
-and names the step that takes the answers. Whatever is not an answer goes to `attempts`, which finds the next
-connection; there what was accepted for the client is put to the upstream first, and must be accepted again.
+each by one callback. In between it proceeds by itself: each step queues commands, begins an exchange on its connection,
+and names the step that takes the answers. Faults go to `attempts`, which finds the next connection; there the
+recipients already accepted for the client come first, and must be accepted again.
 
 * MAIL and the first recipients are one group, or all of a small message is.
 * `has_ended_content` says that the final dot, or the last chunk, is on its way.
 
-A refused recipient in `burst` must refuse the whole. So nothing that ends the content is sent before all are known to
-be accepted, but for a single recipient: where that is refused, the last chunk has no recipient.
+In `burst` a refused recipient must refuse the whole message. So the end of the content is not sent before all are known
+to be accepted, except for a single recipient: if it is refused, the last chunk has no recipient.
 """
 
 import logging
@@ -34,11 +34,11 @@ from otel_smtp.smtp.replies import ErrorType, Reply
 logger: Final = logging.getLogger("otel_smtp.forwarding.delivery")
 
 STALE_AFTER_SECONDS: Final = 5.0
-"""A connection that was idle for longer is asked MAIL and RCPT before it is given content: were it dead, which shows
-only then, a message sent in one piece would have an unknown outcome instead of another connection."""
+"""On a connection that was idle for longer, MAIL and RCPT are sent before the content: if it is dead, which shows only
+then, a message sent in one piece would have an unknown outcome instead of another connection.
+"""
 BURST_OCTETS: Final = 256 * 1024
-"""A message up to this size may leave with its envelope: if the connection is lost in the middle, its outcome is
-unknown."""
+"""A message up to this size may be sent with its envelope: if the connection is lost midway, its outcome is unknown."""
 
 _MAIL: Final = frozenset({RSET, MAIL})
 _ENVELOPE: Final = frozenset({RSET, MAIL, RCPT})
@@ -55,12 +55,12 @@ class Delivery(Transmitting):
     """One transaction upstream.
 
     Args:
-        is_plain: the mail is one whose parameters ask nothing of an upstream, but for its size.
+        is_plain: the mail's parameters, apart from its size, need no extension.
 
     Attributes:
-        accepted: recipients that go with the content; those of `ask` are added here as they are accepted.
-        left: those that were promised a place in a further transaction. `wants_fresh`: on a connection that was not
-            used before, as the limit that they met may be that of the connection.
+        accepted: recipients of the content; `ask` adds those that are accepted.
+        left: recipients promised to a further transaction. `wants_fresh`: it needs an unused connection, as they may
+            have met the limit of the connection.
     """
 
     __slots__ = ()
@@ -73,8 +73,8 @@ class Delivery(Transmitting):
         route: Sequence[Smarthost],
         is_plain: bool,
     ) -> None:
-        # Each of these is described by the part that uses it, from `Connecting` on. They are set here, as a chain of
-        # constructors costs more than what it sets; each mail has one of this.
+        # The base class that uses an attribute describes it, from `Connecting` on. They are all set here, because a
+        # chain of constructors costs more per mail than the assignments.
         self._mail = mail
         self._record = record
         self._relaying = relaying
@@ -89,12 +89,12 @@ class Delivery(Transmitting):
         self._permission = self._more = None
         self._ticket = self._retry = self._since = None
 
-    # What a transaction asks -------------------------------------------------------------------------------
+    # Orders of a transaction -------------------------------------------------------------------------------
 
     def ask(self, recipients: Sequence[Recipient], judged: RecipientsAnswered) -> None:
-        """Put recipients to the upstream, with MAIL before the first ones, in one group.
+        """Ask the upstream about recipients, with MAIL before the first ones, in one group.
 
-        `judged` gets one reply each. Where MAIL was refused, its refusal is that of each.
+        `judged` gets one reply each. If MAIL is refused, its refusal applies to each.
         """
         if self._is_full:
             refusal = self._mail_refusal
@@ -130,16 +130,17 @@ class Delivery(Transmitting):
         self._permission.permits += more.permits
 
     def send(self, content: Content, delivered: MessageAnswered) -> None:
-        """Send the content to the recipients that were accepted."""
+        """Send the content to the accepted recipients."""
         self._content = content
         self._delivered = delivered
         self._work = _SEND
         self._proceed()
 
     def burst(self, content: Content, delivered: MessageAnswered) -> None:
-        """Do all of it: one round trip with CHUNKING, for a single recipient and a small message; else two.
+        """Do the whole transaction: in one round trip with CHUNKING, a single recipient and a small message; otherwise
+        in two.
 
-        `delivered` gets the reply to the message, or the first refusal on the way: then no recipient got anything.
+        `delivered` gets the reply to the message, or the first refusal, in which case no recipient got anything.
         """
         self._content = content
         self._delivered = delivered
@@ -147,7 +148,7 @@ class Delivery(Transmitting):
         self._proceed()
 
     def abort(self) -> None:
-        """Stop waiting for an answer. A message that was sent completely is still followed to its end."""
+        """Stop waiting for an answer. The outcome of a completely sent message is still awaited for the record."""
         self._is_aborted = True
         self._judged = self._delivered = None
         if self._more is not None and self._more.is_waiting:
@@ -166,7 +167,7 @@ class Delivery(Transmitting):
     # Answers -------------------------------------------------------------------------------------------------------
 
     def _settled(self, answers: ExchangeAnswers, fault: UpstreamFault | None) -> None:
-        """An exchange is over: note what was answered, and take the next step."""
+        """An exchange is over: note the answers, and take the next step."""
         try:
             now_ns = monotonic_ns()
             attempt = self._attempt
@@ -179,7 +180,7 @@ class Delivery(Transmitting):
             attempt.accepted_count += answers.accepted
             if fault is not None:
                 if isinstance(fault, OutOfStep) and fault.upstream_reply is not None:
-                    # A reply that answers nothing, to the command whose turn it was.
+                    # A nonsensical reply to the command that was next.
                     verb = self._connection.protocol.awaited[0]
                     if verb is not RSET:
                         phases.append((now_ns, _PHASES[verb], fault.upstream_reply))
@@ -188,7 +189,7 @@ class Delivery(Transmitting):
             if answers.begins_with_reset:
                 self._check_reset(answers[0].reply)
                 answers = ExchangeAnswers(answers[1:])
-            # The answer may have been long in coming, and this process stopped meanwhile.
+            # The answer may have taken long, with this process stopped meanwhile.
             if self._record.has_lost_lease is not None and self._may_not_go_on():
                 return
             self._after(self, answers)
@@ -196,7 +197,7 @@ class Delivery(Transmitting):
             self._recover(error)
 
     def _cut_short(self, answers: ExchangeAnswers, fault: UpstreamFault) -> None:
-        """The answers ended early; what is known of the message all the same counts."""
+        """The answers ended early; those about the message still count."""
         if answers and answers[-1].reply.code == 421:
             answers = ExchangeAnswers(answers[:-1])
             said_goodbye = True
@@ -210,14 +211,14 @@ class Delivery(Transmitting):
         if answers.begins_with_reset:
             answers = ExchangeAnswers(answers[1:])
         if answers.contents:
-            # LMTP: these are known. The others are unknown, or 421 says that they do not have it.
+            # LMTP: these are known. The others are unknown, or have not got it, as 421 says.
             verdicts = [self._as_told(verdict) for verdict in answers.contents]
             rest = fault.told if said_goodbye else replies.OUTCOME_UNKNOWN
             verdicts += [rest] * (len(self.accepted) - len(verdicts))
             self._conclude_each(verdicts)
             return
         if self._delivered is not None and answers.refusal is not None and self._work is _BURST:
-            # Whatever comes behind it, the message is refused, and no recipient got it.
+            # Whatever follows, the message is refused, and no recipient got it.
             self._refused_in_burst(answers)
             return
         if self._work is _PUT_RECIPIENTS and not self._is_open and answers:
@@ -233,15 +234,15 @@ class Delivery(Transmitting):
 
     def _check_reset(self, reply: Reply) -> None:
         if reply.code >= 400:
-            # Its state after the transaction before is unknown.
+            # The connection's state after the previous transaction is unknown.
             self._connection.close()
             raise OutOfStep("RSET refused")
 
-    # The content alone, the envelope before it -------------------------------------------------------------
+    # The envelope first, then the content -------------------------------------------------------------
 
     def _send(self) -> None:
         if not self._is_open:
-            # Recipients accepted elsewhere are asked of this upstream before it gets the content.
+            # This upstream is asked about recipients accepted elsewhere before it gets the content.
             self._send_envelope(None, self._fitting())
             self._after = Delivery._reopened
             self._connection.exchange(self._settled, stop_at=_MAIL)
@@ -308,21 +309,21 @@ class Delivery(Transmitting):
             self._ask_for_content()
 
     def _is_divided(self, verdicts: Sequence[Reply]) -> bool:
-        """Whether those that were refused were one too many beside others, and no more: they are left."""
+        """Whether recipients were refused only for being too many: these are left for later."""
         beyond = {number for number, verdict in enumerate(verdicts) if verdict.code >= 400}
         if not (0 < len(beyond) < len(verdicts) and all(wants_another_transaction(verdicts[one]) for one in beyond)):
             return False
         self._note_limit()
-        # Without PIPELINING those after the first refusal were not asked about.
+        # Without PIPELINING the upstream was not asked about recipients after the first refusal.
         self._leave({*beyond, *range(len(verdicts), len(self.accepted))})
         return True
 
     def _take_back_data(self, refusal: Reply) -> None:
-        """Get out of a DATA that was answered with 354 although the message must not be sent."""
+        """Cancel a DATA that was answered with 354 although the message must not be sent."""
         protocol = self._connection.protocol
         if protocol.accepted_recipients:
-            # A lone dot would deliver an empty message to those that were accepted. Only the end of the connection
-            # takes DATA back.
+            # A lone dot would deliver an empty message to the accepted recipients. Only closing the connection cancels
+            # DATA.
             self._connection.close()
             self._conclude(refusal)
             return

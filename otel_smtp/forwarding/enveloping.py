@@ -1,7 +1,7 @@
-"""The envelope of a transaction upstream: MAIL and recipients, and what the answers to them mean.
+"""The envelope of a transaction upstream: MAIL, recipients, and the meaning of their answers.
 
-An upstream takes so many recipients in one transaction, as it announced or as it says at one too many. Those beyond are
-left: the client was promised a place for them, and they go in a further transaction (see `further`).
+An upstream limits the recipients of a transaction, by announcement or by refusing one too many. The client was promised
+room for those beyond, so they are left for a further transaction (see `further`).
 """
 
 from abc import abstractmethod
@@ -27,10 +27,10 @@ from otel_smtp.smtp.received import TRACEPARENT_FIELD_OCTETS
 from otel_smtp.smtp.replies import Reply
 
 MOST_TRANSACTIONS: Final = 50
-"""Into which one message is divided; a thousand recipients are ten of the size that any server takes."""
+"""The most transactions for one message; a thousand recipients need ten of the size that any server takes."""
 
 _MAIL: Final = frozenset({RSET, MAIL})
-# See `smtp.client.answers` for why such names are here.
+# See `smtp.client.answers` for the reason of these names.
 _INJECT: Final = TracePolicy.INJECT
 _parked: Final = partial(tuple.__new__, Parked)  # as `answer_of` there
 
@@ -62,18 +62,18 @@ class Enveloping(Attempts):
     accepted: list[Recipient]
     left: list[Recipient]
     wants_fresh: bool
-    _is_full: bool  # no further recipient is asked about: all that fit are there, or MAIL was refused
+    _is_full: bool  # no further recipient is sent: the transaction is full, or MAIL was refused
     _promised: list[Recipient] | None  # see `promised`; None: no recipient was left
     _asked: Sequence[Recipient]  # set with the next
     _judged: RecipientsAnswered | None
     _delivered: MessageAnswered | None
-    _refusal: Reply | None  # the last one, of a recipient or of MAIL
+    _refusal: Reply | None  # the last refusal, of a recipient or MAIL
     _mail_refusal: Reply | None
-    _more: WaitingMail | None  # leave for further recipients
+    _more: WaitingMail | None  # permission for further recipients
     # Set when they are needed.
     _content: Content
     _header: bytes
-    _octets: int  # of the header block that leaves, and the body
+    _octets: int  # of the outgoing header block and the body
     _sent_octets: int
     _sent_pieces: int
 
@@ -83,7 +83,7 @@ class Enveloping(Attempts):
 
     @property
     def promised(self) -> Sequence[Recipient]:
-        """Those that were accepted and those that are left, in the order in which they came."""
+        """Accepted and left recipients, in order of arrival."""
         return self.accepted if self._promised is None else self._promised
 
     def _recipients_to_come(self) -> int:
@@ -109,7 +109,7 @@ class Enveloping(Attempts):
     # Put ---------------------------------------------------------------------------------------------------
 
     def put_recipients(self) -> None:
-        """Put the recipients that are asked about; where an upstream takes over from another, those before as well."""
+        """Send the pending recipients, preceded, if this upstream takes over from another, by those accepted before."""
         connection, is_open = self._connection, self._is_open
         asked = self._asked
         accepted: Sequence[Recipient] = self.accepted
@@ -138,8 +138,8 @@ class Enveloping(Attempts):
         """Queue MAIL and its first recipients.
 
         Args:
-            octets: of all that leaves; None: what the client sent counts, else what it declared, and the fields that
-                we add to it: the declaration is of the message as it is transmitted here (RFC 1870 6.1).
+            octets: of the outgoing message; None: the client's content, or its declared size plus our own fields, since
+                it declared the message as sent to us (RFC 1870 6.1).
         """
         connection = self._connection
         if octets is None:
@@ -151,7 +151,7 @@ class Enveloping(Attempts):
                     octets += TRACEPARENT_FIELD_OCTETS
         if connection.needs_reset:
             connection.protocol.send_reset()
-        # Until the upstream has taken the message. RFC 3030 2 wants RSET after a chunk that was refused too.
+        # Until the upstream has taken the message. RFC 3030 2 demands RSET even after a refused chunk.
         connection.needs_reset = True
         mail = self._mail
         if not self._is_plain and self._delivered is not None and mail.smtputf8:
@@ -162,7 +162,7 @@ class Enveloping(Attempts):
         connection.protocol.send_envelope(mail, recipients, size=octets)
 
     def _fitting(self) -> Sequence[Recipient]:
-        """Those that were accepted before, as far as this upstream takes so many at once; the others are left."""
+        """Recipients accepted before, as many as this upstream takes at once; the others are left."""
         most = self._connection.most_recipients
         if len(self.accepted) > most:
             self._leave(range(most, len(self.accepted)))
@@ -180,12 +180,12 @@ class Enveloping(Attempts):
             verdicts = self._sorted_out(answers)
         judged, self._judged = self._judged, None
         if judged is not None:
-            # The connection is left alone until the client says something: it may be taken away meanwhile.
+            # The connection is parked until the client continues, and may be taken away meanwhile.
             self._connection.parked = _parked((monotonic(), self._reclaimed))
             judged(verdicts)
 
     def _sorted_out(self, answers: ExchangeAnswers) -> Sequence[Reply]:
-        """The verdicts on those that are asked about: some are refused, or left, or others were put before them."""
+        """Sort the verdicts on the pending recipients: some are refused or left, or others were sent before them."""
         verdicts = [*answers.verdicts]
         before = len(self.accepted)
         if not self._is_open:
@@ -207,7 +207,7 @@ class Enveloping(Attempts):
         return verdicts
 
     def _check_accepted_before(self, verdicts: Sequence[Reply]) -> None:
-        """Look at what another connection says of those that were accepted before."""
+        """Check this connection's verdicts on recipients accepted before."""
         beyond = set()
         for number, verdict in enumerate(verdicts):
             if verdict.code >= 400:
@@ -225,14 +225,14 @@ class Enveloping(Attempts):
     # Refused -----------------------------------------------------------------------------------------------
 
     def _refuse(self, recipient: Recipient, verdict: Reply) -> Reply:
-        """Note that a recipient is refused; the reply to the client."""
+        """Note a refused recipient; returns the reply to the client."""
         self._refusal = verdict
         told = self._as_told(verdict)
         self._attempt.refuse(recipient, told, monotonic_ns())
         return told
 
     def _keep_refusals(self, answers: Sequence[Answer]) -> None:
-        """Note the refused recipient, for the case that no upstream can be asked again."""
+        """Remember the refused recipient, in case no upstream can be asked again."""
         read = dict(self._tried.refusals)
         for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
             if verdict.code >= 400:
@@ -247,7 +247,7 @@ class Enveloping(Attempts):
         self._refused_by(refusal)
 
     def _check_sender_refusal(self, refusal: Reply) -> None:
-        """Raise what makes a refusal of MAIL no answer to the mail."""
+        """Raise if a refusal of MAIL is no answer to the mail."""
         if is_about_credentials(refusal):
             self.has_ended_content = False
             raise CredentialsRefused(self._without_secrets(refusal))
@@ -257,7 +257,7 @@ class Enveloping(Attempts):
             raise Spent("MAIL refused on a connection that has served before", upstream_reply=refusal)
 
     def _refused_by(self, refusal: Reply) -> None:
-        """MAIL was refused: so is whatever is asked."""
+        """MAIL was refused, and with it the pending question."""
         self._refusal = self._mail_refusal = refusal
         self._is_full = True
         self._count_as_refused()
@@ -265,14 +265,14 @@ class Enveloping(Attempts):
         self._answer_for_all(refusal)
 
     def _count_as_refused(self) -> None:
-        """MAIL was refused: that is the answer for each recipient asked about that had no other one before."""
+        """MAIL was refused: that answers each pending recipient without an earlier answer."""
         asked = len(self.accepted) + (len(self._asked) if self._judged is not None else 0)
         attempt = self._attempt
-        # They are counted by the way in which the attempt ends.
+        # The end of the attempt counts them.
         attempt.accepted_count = max(0, asked - attempt.refused_count - attempt.deferred_count)
 
     def _as_told(self, refusal: Reply) -> Reply:
-        """The reply to the client for a refusal: one about our credentials is not about the mail."""
+        """The reply to the client for a refusal; a refusal of our credentials says nothing about the mail."""
         if refusal.code < 530 or not is_about_credentials(refusal):
             return refusal
         fault = CredentialsRefused(self._without_secrets(refusal))
@@ -283,11 +283,11 @@ class Enveloping(Attempts):
         credentials = self._smarthost.settings.credentials
         return refusal if credentials is None else without_secrets(refusal, credentials)
 
-    # More than one transaction takes -----------------------------------------------------------------------
+    # Recipients beyond one transaction -----------------------------------------------------------------------
 
     def _promise(self, recipient: Recipient) -> Reply:
-        """Leave a recipient that was not asked about, or is one too many."""
-        # The number that a fresh connection accepted is the connection's limit.
+        """Leave a recipient that was not sent, or is one too many."""
+        # The number accepted on a fresh connection is the connection's limit.
         is_measured = self.wants_fresh and not self._was_reused
         most = max(1, len(self.accepted)) if is_measured else self._connection.most_recipients
         if len(self.left) >= (MOST_TRANSACTIONS - 1) * most:
@@ -300,10 +300,10 @@ class Enveloping(Attempts):
         return replies.RECIPIENT_OK
 
     def _leave(self, numbers: Collection[int]) -> None:
-        """Leave some that had been accepted: this upstream takes fewer than the one before, or than was known.
+        """Leave some accepted recipients: this upstream takes fewer than the one before, or than was known.
 
         Args:
-            numbers: their places among the accepted.
+            numbers: their indexes among the accepted.
         """
         if self._promised is None:
             self._promised = list(self.accepted)
@@ -312,25 +312,26 @@ class Enveloping(Attempts):
         self.accepted = [recipient for number, recipient in enumerate(self.accepted) if number not in numbers]
 
     def _note_limit(self) -> None:
-        """There was one too many for the transaction, or for the connection: it is unknown which."""
+        """There was one recipient too many for the transaction or for the connection, it is unknown which."""
         self.wants_fresh = True
         self._connection.is_spent = True
 
     def _check_quota(self, refusal: Reply) -> None:
-        """Raise what makes the refusal of the first recipients no answer: those of earlier mails may have used up what
-        the connection takes."""
+        """Raise if the refusal of the first recipients is no answer: earlier mails may have used up the connection's
+        quota.
+        """
         if self._was_reused and self._smarthost not in self._tried.again:
             self.has_ended_content = False
             self._connection.is_spent = True
             raise Spent("recipients refused on a connection that has served before", upstream_reply=refusal)
 
     def _divide(self, before: int, verdicts: list[Reply], beyond: Collection[int]) -> None:
-        """Leave the recipients of this group that are too many for the transaction, and complete `verdicts`.
+        """Leave this group's recipients that are too many for the transaction, and complete `verdicts`.
 
         Args:
             before: how many had been accepted before them.
-            verdicts: on those that were asked about.
-            beyond: numbers of those that were one too many.
+            verdicts: on the recipients that were sent.
+            beyond: indexes of those that were one too many.
         """
         asked = self._asked
         if beyond and not self.accepted:
@@ -352,5 +353,5 @@ class Enveloping(Attempts):
                 promised.append(recipient)
 
 
-# What is looked up in a class costs as much as a call; each mail takes these steps.
+# Looking a function up in its class costs as much as a call; each mail takes these steps.
 _RECIPIENTS_ANSWERED: Final = Enveloping._recipients_answered

@@ -1,8 +1,8 @@
-"""What goes wrong with an upstream, by what may follow from it.
+"""Faults of upstreams, classified by their consequences.
 
 A refusal (4yz or 5yz to MAIL, RCPT, DATA or the content) is no fault: it is an answer, and is passed on. A fault means
-that this upstream, on this connection, gave no usable answer; the next one may be asked as long as the end of the
-message has not been sent.
+that this upstream, on this connection, gave no usable answer; the next one may be asked until the end of the message
+has been sent.
 """
 
 from typing import ClassVar
@@ -16,7 +16,7 @@ class UpstreamFault(Exception):
     """An upstream could not be used.
 
     Args:
-        reply: to the client, where the upstream said nothing; None: the class's own.
+        reply: to the client, if the upstream sent none; None: the class's own.
 
     Attributes:
         reply: the reply to the client if no other upstream is left, without the upstream's words: see `told`.
@@ -39,11 +39,11 @@ class UpstreamFault(Exception):
 
 
 class ConnectFailed(UpstreamFault):
-    """No connection that could take mail: counted by the breaker."""
+    """No connection for mail could be opened: counted by the breaker."""
 
 
 class Unsuitable(UpstreamFault):
-    """It works, and lacks what this mail needs; `reply` says what. Not counted by the breaker."""
+    """It works, but lacks an extension that this mail needs; `reply` names it. Not counted by the breaker."""
 
 
 class NoConnectionFree(UpstreamFault):
@@ -51,13 +51,13 @@ class NoConnectionFree(UpstreamFault):
 
 
 class Paced(UpstreamFault):
-    """A limit of ours lets nothing leave to it for longer than the mail may wait. Nothing was tried."""
+    """One of our limits holds the mail back for longer than it may wait. Nothing was tried."""
 
     usual = replies.UPSTREAM_PACED
 
 
 class CredentialsRefused(UpstreamFault):
-    """It asks for credentials in the middle of a transaction, or does not accept ours any more."""
+    """It demands credentials in the middle of a transaction, or no longer accepts ours."""
 
     usual = replies.UPSTREAM_CREDENTIALS
 
@@ -66,13 +66,13 @@ class CredentialsRefused(UpstreamFault):
 
 
 class ConnectionLost(UpstreamFault):
-    """It went away, or said 421."""
+    """It closed the connection, or said 421."""
 
     usual = replies.UPSTREAM_LOST
 
 
 class Spent(ConnectionLost):
-    """It refuses MAIL for now on a connection that has served before; it may take it on another one."""
+    """It refuses MAIL temporarily on a used connection; it may accept it on another one."""
 
 
 class TimedOut(ConnectionLost):
@@ -89,7 +89,7 @@ class OutOfStep(UpstreamFault):
 
 
 def quoting(own: Reply, said: Reply | None) -> Reply:
-    """Our own reply, with what an upstream said behind it."""
+    """Our own reply, followed by an upstream's words."""
     if said is None:
         return own
     return own.with_text(f"{own.text}: {said}"[:MAX_KEPT_CHARACTERS])

@@ -1,10 +1,10 @@
-"""What is left of a message after its first transaction upstream: further ones, one after the other.
+"""Further transactions upstream, one after the other, for recipients left after the first.
 
-Client libraries drop replies about single recipients, so none of them is refused for a grouping that is not the
-client's. A recipient that does not fit into the first transaction, or is served by another upstream, is accepted all
-the same and follows here, with a verdict of its own.
+Client libraries drop replies about single recipients, so none is refused for a grouping that the client did not choose.
+A recipient that does not fit into the first transaction, or is served by another upstream, is accepted all the same and
+follows here, with its own verdict.
 
-Where a transaction got no answer, the rest of its recipients is not tried now: their upstream would be asked the same
+After a transaction without an answer, the rest of its recipients is not tried now: the same upstream would be asked
 again at once, while the client waits.
 """
 
@@ -22,19 +22,20 @@ from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
 
 MOST_SECONDS: Final = 300.0
-"""After the end of the content, how long another transaction is begun for a client that waits. It counts ten minutes
-(RFC 5321 4.5.3.2.6), and the last transaction needs its time, too."""
+"""How long after the end of the content another transaction may begin while a client waits. The client waits ten
+minutes (RFC 5321 4.5.3.2.6), and the last transaction needs time too.
+"""
 
 
 class Part:
-    """Recipients of a message that one route serves.
+    """The recipients of a message that share a route.
 
     Args:
         route: the upstreams, the preferred one first.
 
     Attributes:
-        delivery: the transaction that is open for some of them; None: there is none.
-        left: those that go in a further one. `wants_fresh`: on a connection that was not used before.
+        delivery: the open transaction for some of them, if any.
+        left: recipients for a further one. `wants_fresh`: it needs an unused connection.
     """
 
     __slots__ = ("delivery", "left", "route", "wants_fresh")
@@ -46,20 +47,20 @@ class Part:
         self.wants_fresh = False
 
     def leave(self, delivery: Delivery) -> None:
-        """A transaction is over; the recipients that it had no room for are left."""
+        """A transaction is over; note the recipients for which it had no room."""
         self.delivery = None
         self.left = delivery.left
         self.wants_fresh = delivery.wants_fresh
 
 
 class Further:
-    """Delivers a message to its parts, in their order.
+    """Delivers a message to its parts, in order.
 
     Args:
         begin: makes a transaction upstream.
-        content: of the message; it is complete.
-        until_ns: by the monotonic clock, when no other transaction is begun any more; infinity: never.
-        ended: called, once, when no recipient is left; not after the transactions that were open are aborted.
+        content: of the message, complete.
+        until_ns: by the monotonic clock: no transaction begins after this; infinity: no bound.
+        ended: called once when no recipient is left; never after open transactions are aborted.
     """
 
     __slots__ = ("_begin", "_begun", "_content", "_ended", "_parts", "_until_ns", "_verdicts")
@@ -82,17 +83,17 @@ class Further:
         self._verdicts: dict[Recipient, list[Reply]] = {}
 
     def note(self, recipients: Sequence[Recipient], reply: Reply, verdicts: Sequence[Reply] = ()) -> None:
-        """Note what became of some recipients.
+        """Note the fate of some recipients.
 
         Args:
-            reply: holds for those that `verdicts` does not reach.
+            reply: applies to recipients beyond the end of `verdicts`.
         """
         for number, recipient in enumerate(recipients):
             verdict = verdicts[number] if number < len(verdicts) else reply
             self._verdicts.setdefault(recipient, []).append(verdict)
 
     def in_order(self, recipients: Sequence[Recipient]) -> list[Reply]:
-        """The verdicts on `recipients`, which are all that there are."""
+        """The verdicts on `recipients`, which are all of the message's."""
         left = {recipient: iter(verdicts) for recipient, verdicts in self._verdicts.items()}
         return [next(left[recipient]) for recipient in recipients]
 
@@ -106,7 +107,7 @@ class Further:
                 delivery.send(self._content, partial(self._sent, part, delivery))
                 return
             if delivery is not None:
-                delivery.abort()  # none is left of those that it asked about
+                delivery.abort()  # none of its recipients is left
                 part.leave(delivery)
             elif part.left and (refusal := self._refusal()) is not None:
                 self.note(part.left, refusal)
@@ -119,7 +120,7 @@ class Further:
         self._ended()
 
     def _refusal(self) -> Reply | None:
-        """Why no other transaction is begun."""
+        """Why no other transaction may begin."""
         if self._begun >= MOST_TRANSACTIONS:
             return replies.TOO_MANY_RECIPIENTS
         if monotonic_ns() >= self._until_ns:
@@ -147,7 +148,7 @@ class Further:
         self.go_on()
 
     def skip_unanswered(self, part: Part, reply: Reply) -> None:
-        """Try the rest of a part no further where the last transaction of it, with `reply`, got no answer."""
+        """Skip the rest of a part whose last transaction, ended with `reply`, got no answer."""
         if reply.code < 400 or reply.error_type is ErrorType.UPSTREAM_REFUSED:
             return
         # These are known not to have the message.

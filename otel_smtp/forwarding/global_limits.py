@@ -1,12 +1,12 @@
-"""Limits that several gateways keep together, in the database of their queue.
+"""Limits shared by several gateways, in the database of their queue.
 
-A gateway takes permits there for the mails that wait for them, one claim at a time for each limit, and tells with each
-claim what has landed since the last. It reports all it has in flight as a whole; so a claim whose answer was lost
-leaves nothing behind but permits that stay unused until the next one. Unknown use counts as use: a limit is never
-exceeded to make up for a failure.
+A gateway takes permits there for waiting mails, one claim at a time for each limit, and reports with each claim what
+has landed since the last. It reports all its permits in flight together; so a claim whose answer was lost leaves behind
+only permits that stay unused until the next one. Unknown use counts as use: a limit is never exceeded to make up for a
+failure.
 
-Permits belong to the gateway as long as it is known to live. One that was silent for too long was declared dead, and
-what it had in flight has landed there: what it has in stock is void, and what it still has in flight counts again.
+Permits belong to the gateway while it is known to be alive. A gateway that was silent for too long was declared dead,
+and its permits in flight were counted as landed: its stock is void, and its permits in flight count again.
 """
 
 import asyncio
@@ -20,15 +20,15 @@ from otel_smtp.forwarding.limits import LimitSettings, Permit
 from otel_smtp.forwarding.pace import Pace
 
 ANSWER_SECONDS: Final = 1.0
-"""How long a client's mail waits to learn whether there is a permit: as long as a database may take."""
+"""How long a client's mail waits for the answer to a claim: as long as a database may take."""
 AWAY_SECONDS: Final = 0.5
 """Between two claims while the database does not answer."""
 STOCK_SECONDS: Final = 2.0
-"""How long a permit is kept for which there is no mail any more: one that waits for another limit may need it yet."""
+"""How long a permit without a mail is kept: a mail that waits for another limit may still need it."""
 
 
 class GlobalLimit:
-    """One limit of several gateways.
+    """One limit shared by several gateways.
 
     Args:
         ledger: where it is kept.
@@ -64,7 +64,7 @@ class GlobalLimit:
         self._paces.add(pace)
 
     def take(self, amount: int, now: float) -> Permit | float:
-        """See `Limit.take`. Where there are none in stock, they are requested, and the waiters are notified."""
+        """See `Limit.take`. If none are in stock, they are requested, and the waiters are notified later."""
         if now >= self._rest_until and self._is_ours() and self._stock >= amount:
             self._stock -= amount
             self._in_use += amount
@@ -75,7 +75,7 @@ class GlobalLimit:
         return ANSWER_SECONDS
 
     def available(self, now: float) -> int:
-        """How many permits there probably are: others take them too."""
+        """An estimate of the available permits: others take them too."""
         if now < self._not_before:
             return self._stock if now >= self._rest_until else 0
         at, known = self._known
@@ -96,14 +96,14 @@ class GlobalLimit:
         self._soon()
 
     def rest(self, seconds: float, now: float) -> None:
-        """See `AnyLimit.rest`: no gateway is to send anything for so long."""
+        """See `AnyLimit.rest`: no gateway sends anything for this long."""
         self._rest_seconds = max(self._rest_seconds, seconds)
         self._rest_until = max(self._rest_until, now + seconds)
         self._not_before = max(self._not_before, now + seconds)
         self._soon()
 
     async def told(self) -> None:
-        """Wait until everything that is due has been reported."""
+        """Wait until all due reports have been made."""
         if self._claiming is not None:
             await asyncio.wait([self._claiming])
 
@@ -120,7 +120,7 @@ class GlobalLimit:
         return True
 
     def _soon(self) -> None:
-        """Claim, if that is worth it, as soon as no claim is under way."""
+        """Claim, if useful, as soon as no claim is under way."""
         if self._claiming is None:
             self._claiming = asyncio.get_running_loop().create_task(self._claim_all())
 
@@ -134,7 +134,7 @@ class GlobalLimit:
             while (claim := self._next_claim()) is not None:
                 grant = await self._ledger.settle(claim)
                 if grant is None:
-                    # Permits that were given back may be there twice now: rather not.
+                    # Otherwise permits that were given back might exist twice.
                     self._not_before = self._clock() + AWAY_SECONDS
                     self._later(AWAY_SECONDS)
                     return
@@ -157,7 +157,7 @@ class GlobalLimit:
             self._not_before = now + grant.wait_seconds
 
     def _next_claim(self) -> Claim | None:
-        """What is to be said now; None: nothing."""
+        """The next claim; None: nothing to claim or report."""
         now = self._clock()
         least, wanted = self._wanted(now)
         if not self._is_ours():
@@ -179,7 +179,7 @@ class GlobalLimit:
         )  # fmt: skip
 
     def _wanted(self, now: float) -> tuple[int, int]:
-        """Permits that somebody waits for, beyond what is in stock: of the first mail, and of all."""
+        """Permits wanted beyond those in stock: by the first waiting mail, and by all."""
         if now < self._not_before:
             return 0, 0
         waiting = [pace.wanted(self) for pace in self._paces]

@@ -1,11 +1,12 @@
-"""Connection slots of several gateways, in the database of their queue.
+"""Connection slots shared by several gateways, in the database of their queue.
 
-A gateway takes slots there for the mails that wait for a connection, and gives back what it does not need any more.
-What was given back over a connection that broke is given back again until that is known to be done; what was taken so
-is found among its own by the next call. Others tell when they wait, or have given some back: nobody has to ask often.
+A gateway takes slots there for mails that wait for a connection, and gives back slots that it no longer needs. If the
+database connection breaks, it gives them back again until that is known to have worked, and the next call finds slots
+taken meanwhile among its own. Gateways notify each other when they wait or have given slots back, so none has to poll
+often.
 
-Slots belong to the gateway as long as it is known to live. One that was silent for too long was declared dead, and its
-slots are the others': it opens no connection until those that it has are fewer than its new slots.
+Slots belong to the gateway while it is known to be alive. A gateway that was silent for too long was declared dead, and
+its slots went to the others: it opens no connection until it has fewer open than new slots.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from otel_smtp.forwarding.slots import LINGERING_SECONDS, PAUSE_SECONDS, WISH_SE
 AWAY_SECONDS: Final = 0.5
 """Between two calls while the database does not answer."""
 POLL_SECONDS: Final = 1.0
-"""Between two calls while slots are wanted and none was given back."""
+"""Between two calls while slots are wanted and none has been given back."""
 
 
 class GlobalSlots:
@@ -39,9 +40,9 @@ class GlobalSlots:
         self._users: weakref.WeakSet[SlotUser] = weakref.WeakSet()
         self._term: object | None = None
         self._ours: set[HeldSlot] = set()
-        self._releasing: set[HeldSlot] = set()  # of this term; reported, and not known to have arrived
+        self._releasing: set[HeldSlot] = set()  # of this term; reported, but perhaps not received
         self._in_use = 0
-        self._lingering: list[float] = []  # until when the upstream may count connections that are gone
+        self._lingering: list[float] = []  # until when the upstream may count closed connections
         self._not_before = 0.0
         self._wanted_until = 0.0
         self._calling: asyncio.Task[None] | None = None
@@ -111,7 +112,7 @@ class GlobalSlots:
             self._soon()
 
     def _is_current(self) -> bool:
-        """Whether what is known of our slots holds."""
+        """Whether our knowledge of our slots is current."""
         term = self._ledger.term()
         if term is None:
             return False
@@ -128,7 +129,7 @@ class GlobalSlots:
         return sum(user.wanted_slots() for user in self._users)
 
     def _soon(self) -> None:
-        """Call, if that is worth it, as soon as no call is under way."""
+        """Call, if useful, as soon as no call is under way."""
         self._is_due = True
         if self._calling is None:
             self._calling = asyncio.get_running_loop().create_task(self._call_all())
@@ -156,7 +157,7 @@ class GlobalSlots:
         unused = self._unused(now)
         if self._lingering:
             self._later(max(0.01, min(self._lingering) - now))
-        # Gateways that had their turn keep nothing in stock.
+        # A gateway that has had its turn keeps none in stock.
         surplus = unused if now < self._not_before else unused - wanted
         for _ in range(max(0, surplus)):
             self._releasing.add(self._ours.pop())

@@ -1,27 +1,27 @@
-"""Rates that a provider sets: how much may leave within a second, a minute, an hour or a day.
+"""Rate limits set by a provider: per second, minute, hour or day.
 
 Theory of operation
 -------------------
-A limit is two things, and a permit needs both.
+A limit combines two rules, and a permit needs both.
 
 * GCRA (the leaky bucket as a virtual schedule, ITU-T I.371): one number, the theoretical arrival time, moves by one
-  interval with each permit, and may run ahead of the clock by as much as the burst. So what leaves is spread evenly.
-* A window that slides: of the permits of the last period there are never more than the rate says. GCRA alone lets a
-  burst pass and then the full rate, which is too many for a provider that counts by the minute.
+  interval with each permit, and may run ahead of the clock by as much as the burst. So mail is spread evenly.
+* A sliding window: the last period never has more permits than the rate allows. GCRA alone lets a burst pass and then
+  the full rate, which is too much for a provider that counts per minute.
 
-A permit is timed by what the provider sees: it is in flight, and counts, until the provider has answered, or the
-attempt has ended otherwise (`Limit.landed`), and leaves the window one period after that. When content leaves here says
-little: it may lie in a socket for a while. One that was not used is given back (`Limit.give_back`).
+A permit follows the provider's view: it is in flight, and counts, until the provider has answered, or the attempt has
+ended otherwise (`Limit.landed`), and leaves the window one period later. The time of sending says little: content may
+stay in a socket for a while. An unused permit is given back (`Limit.give_back`).
 
-All numbers are in memory that processes can share, under a lock that the kernel takes from a process that dies. So the
-workers of a gateway keep a limit together, exactly. Times are of the monotonic clock, which they share too. Gateways
-that share a queue keep a limit in its database: see `global_limits`. One that has its queue in a directory keeps there
-how far its limits are used up, and goes on from that when it is started again: see `gateway.kept_limits`.
+All numbers are in memory that processes can share, under a lock that the kernel releases when its holder dies. So the
+workers of a gateway share a limit exactly. Times are by the monotonic clock, which they share too. Gateways that share
+a queue keep a limit in its database: see `global_limits`. A gateway with its queue in a directory saves the use of its
+limits there, and resumes from it after a restart: see `gateway.kept_limits`.
 
-Where a provider says all the same that it is too much, a limit rests: it gives no permits for a while, longer each
-time that this happens again.
+If a provider still says that it gets too much, a limit rests: it gives no permits for a while, longer after each
+repetition.
 
-How an upstream's mails are held to its limits: see `pace`.
+`pace` applies the limits to an upstream's mails.
 """
 
 import fcntl
@@ -36,15 +36,15 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 MARGIN_SECONDS: Final = 0.05
-"""By which a window is longer here than at the provider: what is on its way takes now less, now more time."""
+"""How much longer a window is here than at the provider, since transit times vary."""
 MOST_CELLS: Final = 32_768
-"""Of a window that is full. A rate of more is counted in groups, which leave the window with their last permit."""
+"""Cells of a full window. A higher rate is counted in groups, which leave the window with their last permit."""
 MOST_KEPT_CELLS: Final = 256
 """Of a `LimitState`."""
 IN_FLIGHT_SECONDS: Final = 1200.0
-"""After which a permit counts as used whatever became of it: as long as a client may take for its content."""
+"""After this a permit counts as used whatever happens: as long as a client may take for its content."""
 IN_FLIGHT_POLL_SECONDS: Final = 0.05
-"""Between two looks at a permit that another process has in flight."""
+"""How often to check a permit that another process has in flight."""
 
 # The head of a limit's table, then a ring of cells three times: their times, their permits, their numbers.
 _TAT, _FIRST, _CELLS, _USED, _NEXT, _REST_UNTIL, _HEAD = 0, 1, 2, 3, 4, 5, 6
@@ -56,9 +56,9 @@ class LimitSettings:
     """One limit.
 
     Attributes:
-        count, period_seconds: so many permits in each period.
+        count, period_seconds: this many permits per period.
         burst: permits that may be taken at once, at most `count`.
-        per_recipient: a permit is for a recipient, else for a message.
+        per_recipient: a permit is for a recipient, otherwise for a message.
     """
 
     name: str
@@ -79,15 +79,15 @@ class LimitSettings:
 
     @property
     def most_cells(self) -> int:
-        """Of a window: twice what permits can fill, so that cells whose permits were given back are seldom removed."""
+        """Cells of a window: twice what permits can fill, so that cells of returned permits are seldom removed."""
         return 2 * (self.count // self.group + 2)
 
 
 class LimitState(NamedTuple):
-    """How far a limit is used up at some moment.
+    """The use of a limit at some moment.
 
     Attributes:
-        ahead_seconds: by which the theoretical arrival time is in the future.
+        ahead_seconds: how far the theoretical arrival time is in the future.
         rest_seconds: for how long it still rests.
         in_flight: permits whose mail has not ended.
         used: the permits of the last period, in groups: age of the youngest, in seconds, and how many.
@@ -100,21 +100,21 @@ class LimitState(NamedTuple):
 
 
 class Permit:
-    """What was taken of a limit."""
+    """Permits taken from a limit."""
 
     __slots__ = ("amount", "number", "taken_at")
 
     def __init__(self, number: int, amount: int, taken_at: float) -> None:
-        self.number = number  # of its cell, of all that there ever were
+        self.number = number  # of its cell, among all there ever were
         self.amount = amount
         self.taken_at = taken_at
 
 
 class Limit:
-    """One limit; every method is one critical section. No clock: each call is given the time.
+    """One limit; every method is one critical section. Callers pass the time.
 
     Args:
-        cells: `settings.table_cells` numbers, all 0 at first; None: of our own.
+        cells: `settings.table_cells` numbers, initially 0; None: private ones.
         lock: guards them.
     """
 
@@ -140,7 +140,7 @@ class Limit:
         """Take permits, or none.
 
         Args:
-            amount: at most `settings.count`; more than the burst is given when the whole burst is there.
+            amount: at most `settings.count`; more than the burst is given once the whole burst is available.
 
         Returns:
             The permit; or how many seconds to wait before it is worth asking again.
@@ -166,7 +166,7 @@ class Limit:
             return max(0, min(at_once, settings.count - int(cells[_USED])))
 
     def landed(self, permit: Permit, now: float) -> None:
-        """The mail that a permit was for has ended."""
+        """The permit's mail has ended."""
         with _held(self._lock):
             if (cell := self._cell(permit)) is not None:
                 self._cells[cell] = now
@@ -209,10 +209,10 @@ class Limit:
             return LimitState(max(0.0, cells[_TAT] - now), max(0.0, cells[_REST_UNTIL] - now), in_flight, tuple(used))
 
     def resume(self, state: LimitState, elapsed: float, unknown: int, now: float) -> None:
-        """Go on from where another process was. What is not known counts as used now.
+        """Resume from the state of another process. Unknown use counts as use now.
 
         Args:
-            state: of that other one, `elapsed` seconds ago.
+            state: that of the other process `elapsed` seconds ago.
             unknown: permits that it may have taken since then.
         """
         with _held(self._lock):
@@ -248,11 +248,11 @@ class Limit:
             missing -= int(cells[cell + self._most_cells])
             at = cells[cell]
             by_window = max(by_window, IN_FLIGHT_POLL_SECONDS if at >= _IN_FLIGHT else at + self._window_seconds - now)
-        # A sum of intervals is not the period to the last digit.
+        # A sum of intervals differs from the period in the last digit.
         return max(by_rate if by_rate > 1e-9 else 0.0, by_window, cells[_REST_UNTIL] - now)
 
     def _expire(self, now: float) -> None:
-        """Forget what has left the window."""
+        """Forget permits that have left the window."""
         cells = self._cells
         while cells[_CELLS]:
             cell = self._at(0)
@@ -265,7 +265,7 @@ class Limit:
             cells[_CELLS] -= 1
 
     def _note(self, amount: int, now: float) -> int:
-        """Note permits in the window; the number of their cell."""
+        """Note permits in the window; returns the number of their cell."""
         cells, most = self._cells, self._most_cells
         if cells[_CELLS] == most:
             self._remove_empty()
@@ -279,15 +279,16 @@ class Limit:
         cells[_NEXT] += 1
         cells[_CELLS] += 1
         cell = self._at(int(cells[_CELLS]) - 1)
-        # Of a group, some would be in flight and others not.
+        # Some permits of a group would be in flight and others not.
         cells[cell] = now if self.settings.group > 1 else now + IN_FLIGHT_SECONDS + _IN_FLIGHT
         cells[cell + most] = amount
         cells[cell + 2 * most] = number
         return number
 
     def _remove_empty(self) -> None:
-        """Remove the cells whose permits were all given back. Of groups there may be none; else there are some, as each
-        of the others holds a permit."""
+        """Remove the cells whose permits were all given back. With groups there may be none; otherwise there are some,
+        as every other cell holds a permit.
+        """
         cells, most = self._cells, self._most_cells
         kept = 0
         for position in range(int(cells[_CELLS])):
@@ -300,11 +301,11 @@ class Limit:
         cells[_CELLS] = kept
 
     def _at(self, position: int) -> int:
-        """Where the time of a cell is; the oldest is at position 0."""
+        """The index of a cell's time; the oldest cell is at position 0."""
         return _HEAD + (int(self._cells[_FIRST]) + position) % self._most_cells
 
     def _in_order(self, table: int) -> list[float]:
-        """The numbers of one table, of the oldest cell first, read by few steps: there may be thousands of them."""
+        """The numbers of one table, oldest cell first, read in few steps: there may be thousands of them."""
         begin, count = int(self._cells[_FIRST]), int(self._cells[_CELLS])
         table += _HEAD
         until_end = min(count, self._most_cells - begin)
@@ -314,7 +315,7 @@ class Limit:
         ]
 
     def _cell(self, permit: Permit) -> int | None:
-        """Where the time of its cell is; None: it has left the window."""
+        """The index of its cell's time; None: it has left the window."""
         cells, numbers = self._cells, 2 * self._most_cells
         position = bisect_left(
             range(int(cells[_CELLS])), permit.number, key=lambda position: int(cells[self._at(position) + numbers])
@@ -325,7 +326,7 @@ class Limit:
 
 
 class Locked:
-    """A lock between processes that ends with its holder: a record lock (POSIX fcntl) on a file without a name."""
+    """A lock between processes that is released if its holder dies: a record lock (POSIX fcntl) on an unnamed file."""
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -347,7 +348,7 @@ def _held(lock: Callable[[], Locked] | None) -> Iterator[None]:
 
 
 class SharedLimits:
-    """Limits in memory that is shared by the processes that are forked after it was made."""
+    """Limits in memory shared with processes forked later."""
 
     def __init__(self, settings: Sequence[LimitSettings]) -> None:
         import tempfile  # late: only several processes share limits

@@ -1,7 +1,8 @@
 """Access tokens for XOAUTH2, from an OAuth 2 token endpoint (RFC 6749 4.4 and 6).
 
-A token is fetched once and handed out until shortly before it expires; then a new one is fetched beside the mail, which
-goes on with the old one. Only the first mail ever waits, and one after a refusal. Several mails wait for one fetch.
+A token is fetched once and used until shortly before it expires; then a new one is fetched in the background, while
+mail continues with the old one. Only the first mail, and the first after a refusal, ever waits. Several mails wait for
+one fetch.
 """
 
 import asyncio
@@ -21,22 +22,22 @@ TIMEOUT_SECONDS: Final = 10.0
 MAX_ANSWER_OCTETS: Final = 64 * 1024
 REFRESH_SECONDS: Final = 300.0  # before it expires; providers give an hour
 SPARE_SECONDS: Final = 30.0  # a token with less left may expire on its way
-DEFAULT_LIFE_SECONDS: Final = 3600.0  # where the answer has no expires_in, which RFC 6749 5.1 only recommends
-PAUSE_SECONDS: Final = 5.0  # between a failure and the next fetch: the endpoint is not hammered by waiting mail
+DEFAULT_LIFE_SECONDS: Final = 3600.0  # if the answer has no expires_in, which RFC 6749 5.1 only recommends
+PAUSE_SECONDS: Final = 5.0  # between a failure and the next fetch, so that waiting mail does not hammer the endpoint
 
 
 class TokenUnavailable(OSError):
-    """The endpoint gave no token; says why, never what was sent."""
+    """The endpoint gave no token; the text says why, and never quotes the request."""
 
 
 @dataclass(frozen=True, slots=True)
 class OAuthSettings:
-    """Where tokens come from.
+    """The token endpoint, and how to use it.
 
     Attributes:
         token_url: the token endpoint, https; http on the loopback interface only.
-        refresh_token: with it, the flow of RFC 6749 6; without, client credentials (4.4).
-        scope: space-separated, where the provider wants it.
+        refresh_token: with it, the flow of RFC 6749 6 is used; without it, client credentials (4.4).
+        scope: space-separated, if the provider demands one.
     """
 
     token_url: str
@@ -98,7 +99,7 @@ class OAuthTokens:
         return asyncio.get_running_loop().time() - self._failed_at >= PAUSE_SECONDS
 
     def _fetch(self) -> "asyncio.Task[None]":
-        """The one fetch under way; begun if there is none."""
+        """The fetch under way; begins one if there is none."""
         if self._fetching is None:
             self._fetching = asyncio.get_running_loop().create_task(self._refresh())
             self._fetching.add_done_callback(self._fetched)
@@ -124,7 +125,7 @@ class OAuthTokens:
         self._refresh_token = answer.get("refresh_token") or self._refresh_token
 
     async def _ask(self) -> Mapping[str, Any]:
-        """The endpoint's answer, with an access token in it."""
+        """Ask the endpoint; returns its answer, which has an access token."""
         # Imported by the first mail that needs it: it takes a tenth of a second, and few upstreams want XOAUTH2.
         import httpx
 

@@ -1,6 +1,6 @@
-"""How a connection to an upstream is opened: connecting, greeting, EHLO, STARTTLS, AUTH.
+"""Opening a connection to an upstream: connecting, greeting, EHLO, STARTTLS, AUTH.
 
-Unlike all that follows, this is written as coroutines: it waits long, and comes seldom.
+Written as coroutines, unlike the mail path: it waits long, and is rare.
 """
 
 import ipaddress
@@ -22,21 +22,21 @@ from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
 NotePhase = Callable[[DeliveryPhase, Reply | None], None]
-"""Takes each step of opening a connection, with the upstream's reply where it gave one."""
+"""Takes each step of opening a connection, with the upstream's reply, if any."""
 
 
 async def open_connection(
     settings: UpstreamSettings, context: ssl.SSLContext | None, hostname: str, note: NotePhase
 ) -> UpstreamConnection:
-    """Connect, shake hands, say EHLO and AUTH, as `settings` want it.
+    """Connect, shake hands, send EHLO and AUTH, as `settings` demand.
 
     Args:
         context: for TLS; None only where `settings.tls` is OFF.
-        hostname: what we call ourselves in EHLO.
+        hostname: our name in EHLO.
         note: called with each phase.
 
     Raises:
-        ConnectFailed: it did not come to a connection that can take mail. Nothing of it is left.
+        ConnectFailed: no connection for mail could be opened. Nothing of it remains.
     """
     stream = await _connect(settings, context)
     note(DeliveryPhase.CONNECT, None)
@@ -73,7 +73,7 @@ async def _connect(settings: UpstreamSettings, context: ssl.SSLContext | None) -
         )
     except ssl.SSLError as error:
         raise ConnectFailed(reason_of(error), replies.UPSTREAM_TLS) from error
-    except ConnectionResetError as error:  # somebody was there
+    except ConnectionResetError as error:  # a server accepted the connection
         raise ConnectFailed("connection lost before the greeting", replies.UPSTREAM_LOST) from error
     except TimeoutError as error:
         raise ConnectFailed(f"no connection within {seconds:g} s") from error
@@ -88,7 +88,7 @@ async def introduce(
     hostname: str,
     note: NotePhase,
 ) -> None:
-    """All that comes before the first mail on a new connection; arguments and errors as `open_connection`."""
+    """Do the steps before the first mail on a new connection; arguments and errors as `open_connection`."""
     try:
         await _introduce(connection, settings, context, hostname, note)
     except ConnectFailed:
@@ -109,7 +109,7 @@ async def _introduce(
     greeting = await _answer(connection, DeliveryPhase.GREETING, note)
     note(DeliveryPhase.GREETING, greeting)
     if greeting.code != 220:
-        # A 5yz here is about our configuration, not about anybody's mail: never passed on.
+        # A 5yz here is about our configuration, not about a mail: never passed on.
         raise ConnectFailed("refused in the greeting", upstream_reply=greeting)
     await _hello(connection, settings, hostname, note)
     if settings.tls is TlsMode.STARTTLS:
@@ -126,13 +126,13 @@ async def _answer(
     note: NotePhase,
     shown: Callable[[Reply], Reply] = lambda reply: reply,
 ) -> Reply:
-    """The answer to the one command that was queued.
+    """Exchange the one queued command for its answer.
 
     Args:
-        shown: what others may see of it.
+        shown: makes the version of the answer that others may see.
 
     Raises:
-        UpstreamFault: there is none, or it is 421; that is noted as the answer of `phase`.
+        UpstreamFault: there is no answer, or it is 421; noted as the answer of `phase`.
     """
     try:
         return (await connection.settled())[0].reply
@@ -146,7 +146,7 @@ async def _answer(
 async def _hello(connection: UpstreamConnection, settings: UpstreamSettings, hostname: str, note: NotePhase) -> None:
     connection.protocol.send_hello(hostname)
     reply = await _answer(connection, DeliveryPhase.EHLO, note)
-    # RFC 5321 3.2: a client falls back to HELO where EHLO is refused. LMTP has no such thing.
+    # RFC 5321 3.2: a client falls back to HELO if EHLO is refused. LMTP has no fallback.
     if reply.is_permanent and not settings.is_lmtp:
         refusal = reply
         try:
@@ -156,7 +156,7 @@ async def _hello(connection: UpstreamConnection, settings: UpstreamSettings, hos
         except ConnectionLost as fault:
             if fault.upstream_reply is not None:
                 raise
-            # It refused EHLO and hung up: that is what it has to say, not the silence after it.
+            # It refused EHLO and hung up: the refusal is its answer, not the silence after it.
             note(DeliveryPhase.EHLO, refusal)
             raise ConnectFailed("EHLO refused", upstream_reply=refusal) from fault
     note(DeliveryPhase.EHLO, reply)
@@ -176,7 +176,7 @@ async def _start_tls(
         raise ConnectFailed("STARTTLS refused", replies.UPSTREAM_TLS, reply)
     stream = connection.stream
     try:
-        # Octets that have arrived since were injected by a man in the middle: the engine refuses them.
+        # A man in the middle injected any octets that have arrived since: the engine refuses them.
         connection.protocol.tls_started()
         await stream.start_tls(
             context,

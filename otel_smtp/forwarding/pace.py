@@ -1,4 +1,4 @@
-"""How an upstream's mails are held to its limits, wherever these are kept: first come, first served."""
+"""Applies limits to an upstream's mails, wherever the limits are kept: first come, first served."""
 
 import asyncio
 import math
@@ -10,17 +10,17 @@ from typing import Final, Protocol
 from otel_smtp.forwarding.limits import LimitSettings, Permit
 
 FIRST_REST_SECONDS: Final = 5.0
-"""For how long nothing leaves when a provider says that it is too much; doubled each time that it says so again."""
+"""How long nothing is sent after a provider says that it gets too much; doubled at each repetition."""
 LONGEST_REST_SECONDS: Final = 300.0
 CONTEND_SECONDS: Final = 0.01
-"""Between two looks at a limit that other processes may have used meanwhile: at least this long."""
+"""The least time between two looks at a limit that other processes may have used meanwhile."""
 
 
 class AnyLimit(Protocol):
     """The interface of a limit for `Pace`, wherever it is kept.
 
     Attributes:
-        answer_seconds: how long a mail has to wait for an answer at most, be it that there are no permits.
+        answer_seconds: the longest wait for an answer, even if that is that there are no permits.
     """
 
     settings: LimitSettings
@@ -43,7 +43,7 @@ class AnyLimit(Protocol):
         ...
 
     def rest(self, seconds: float, now: float) -> None:
-        """The provider said that it is too much: give no permits for this long."""
+        """The provider said that it gets too much: give no permits for this long."""
         ...
 
     def watch(self, pace: "Pace") -> None:
@@ -52,14 +52,14 @@ class AnyLimit(Protocol):
 
 
 class WaitingMail:
-    """A mail that asked a `Pace` for leave.
+    """A mail that asked a `Pace` for permission to leave.
 
     Attributes:
         since: when it asked.
-        held_by: the name of the limit that it waits, or waited, for; "" where it did not.
-        permits: those that it was given; none while it waits.
-        is_waiting: neither given nor refused. `given_at`: when it was given leave.
-        patience: a look when its time is over.
+        held_by: the name of the limit for which it waits, or waited; "" if it did not wait.
+        permits: those it was given; none while it waits.
+        is_waiting: neither permitted nor refused yet. `given_at`: when it was permitted.
+        patience: the timer that ends its waiting.
     """
 
     __slots__ = (
@@ -82,7 +82,7 @@ class WaitingMail:
         self.patience: asyncio.TimerHandle | None = None
 
     def ends(self) -> None:
-        """It waits no more."""
+        """It stops waiting."""
         self.is_waiting = False
         if self.patience is not None:
             self.patience.cancel()
@@ -97,7 +97,7 @@ class Pace:
     """The limits of one upstream, and the mails that wait for them, in their order.
 
     Args:
-        limits: all of them hold.
+        limits: a mail needs permits of all.
         room_made: called when another mail may begin to wait.
     """
 
@@ -115,7 +115,7 @@ class Pace:
         self._timer: asyncio.TimerHandle | None = None
         self._rests = 0  # of which nothing got through since
         self._rested_at = -math.inf
-        self.begun = 0  # deliveries that have begun and not ended, those that wait among them
+        self.begun = 0  # deliveries begun and not ended, including waiting ones
         counts = [limit.settings.count for limit in limits if limit.settings.per_recipient]
         self.most_recipients = min(counts, default=None)
         self._answer_seconds = max((limit.answer_seconds for limit in limits), default=0.0)
@@ -131,8 +131,9 @@ class Pace:
         return self.most_recipients is not None
 
     def concurrency(self, most: int) -> int:
-        """How many deliveries may be under way, of those that `most` allows: no more than there are permits for, and
-        one that waits for the next."""
+        """How many deliveries may be under way: at most `most`, and no more than there are permits for, plus one that
+        waits for the next.
+        """
         now = self._clock()
         available = min(limit.available(now) for limit in self._limits)
         return min(most, self.begun + max(0, available + 1 - len(self._waiting)))
@@ -144,12 +145,12 @@ class Pace:
 
         Args:
             recipients: how many, at most `most_recipients`.
-            patience_seconds: after which leave is refused.
-            decided: called when leave is given (True) or refused.
-            with_message: a new message, too; else more recipients of one.
+            patience_seconds: after which permission is refused.
+            decided: called when permission is given (True) or refused.
+            with_message: also for a new message; otherwise for more recipients of one.
 
         Returns:
-            What was given, or waits; None: leave is refused at once, as it would be after all of the patience.
+            The permitted or waiting mail; None: refused at once, since the patience would not suffice.
         """
         now = self._clock()
         patience_seconds = max(patience_seconds, self._answer_seconds)
@@ -182,7 +183,7 @@ class Pace:
             self.give_back(waiting)
 
     def landed(self, waiting: WaitingMail) -> None:
-        """It has come to its end."""
+        """The mail's delivery has ended."""
         now = self._clock()
         for limit, permit in waiting.permits:
             limit.landed(permit, now)
@@ -191,19 +192,19 @@ class Pace:
             self.look()
 
     def wanted(self, limit: AnyLimit) -> tuple[int, int]:
-        """How many permits of a limit the first mail needs that waits for it, and all that wait."""
+        """How many permits of a limit are needed by the first mail that waits for it, and by all."""
         if not self._waiting or self._waiting[0].held_by != limit.settings.name:
             return 0, 0
         return self._waiting[0].amount(limit), sum(one.amount(limit) for one in self._waiting)
 
     def is_too_much(self, waiting: WaitingMail) -> float | None:
-        """The provider says that it gets too much: nothing leaves for a while.
+        """The provider says that it gets too much: send nothing for a while.
 
         Args:
-            waiting: the mail that it said so of.
+            waiting: the mail that got this reply.
 
         Returns:
-            For how many seconds; None: it left before we knew, and nothing new follows.
+            For how many seconds; None: the mail left before the current rest began, which stays unchanged.
         """
         now = self._clock()
         if waiting.given_at <= self._rested_at:
@@ -211,7 +212,7 @@ class Pace:
         seconds = min(LONGEST_REST_SECONDS, FIRST_REST_SECONDS * 2.0**self._rests)
         self._rests = min(self._rests + 1, 10)
         self._rested_at = now
-        self._limits[0].rest(seconds, now)  # all must give leave, and others may be of other upstreams too
+        self._limits[0].rest(seconds, now)  # all must permit it, and other limits may belong to other upstreams too
         return seconds
 
     def got_through(self) -> None:
@@ -219,13 +220,13 @@ class Pace:
         self._rests = 0
 
     def give_back(self, waiting: WaitingMail) -> None:
-        """Nothing of it has left."""
+        """Nothing of the mail has left: return its permits."""
         for limit, permit in waiting.permits:
             limit.give_back(permit)
         waiting.permits = []
 
     def close(self) -> None:
-        """Give no further permits."""
+        """Give no more permits."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -233,7 +234,7 @@ class Pace:
     # ------------------------------------------------------------------------------------------------------
 
     def _take(self, waiting: WaitingMail, now: float) -> float | None:
-        """Take permits of all limits, or of none: then how long to wait."""
+        """Take permits of all limits, or of none; returns how long to wait in that case."""
         for limit in self._limits:
             amount = waiting.amount(limit)
             taken = limit.take(amount, now) if amount else None
@@ -248,7 +249,7 @@ class Pace:
         return None
 
     def look(self) -> None:
-        """Serve those that wait, as far as there are permits."""
+        """Serve waiting mails while there are permits."""
         self.close()
         now = self._clock()
         refused = [one for one in self._waiting if one.until <= now]

@@ -1,26 +1,26 @@
-"""The connections to one upstream: their users, their waiters, and which are to be closed. Decides; does no I/O.
+"""The pool of connections to one upstream: users, waiters, and connections to close. Decides; does no I/O.
 
-A mail takes an idle connection (`take`), or asks with a `Ticket` (`ask`), which is decided at once or later, when
-something is released: use that connection, open one, or none is available. What the pool wants closed it collects for
-its driver. Idle connections are used last in, first out, so that a low load keeps few connections warm and lets the
-others age away. Tickets are served in their order.
+A mail takes an idle connection (`take`), or asks with a `Ticket` (`ask`), which is decided at once or after a release:
+use that connection, open one, or none is available. The pool collects connections to close for its driver. Idle
+connections are used last in, first out, so that a low load keeps few connections warm and lets the others age away.
+Tickets are served in order.
 
-A connection may be in the middle of a transaction whose client has nothing to say: it is *parked*. When somebody waits
-and a connection has been parked for a while, it is reclaimed: its transaction can be restarted on another connection.
-Else as many slow clients as there are connections would stop all mail. The more tickets wait, the shorter is that
-while, so that many idle transactions together delay a mail little longer than a few. A transaction that goes on after
-it lost its connection keeps its place among the waiters: it asked before them.
+A connection in the middle of a transaction whose client pauses is *parked*. If a ticket waits and a connection has been
+parked for a while, it is reclaimed: its transaction can be restarted on another connection. Otherwise as many slow
+clients as there are connections would stop all mail. The more tickets wait, the shorter that while is, so many idle
+transactions delay a mail little longer than a few. A transaction that continues after losing its connection keeps its
+place among the waiters: it asked before them.
 
-A connection that was refused while others of the same upstream work says nothing of a mail, and little of the upstream:
-it takes no more at once (see `ceiling`). So the ticket goes back to its place, and waits for one of those others. While
-none is known to work, and more are being opened, their outcome decides what the refusal meant. Where the last of those
-that worked were closed a moment ago, for another worker, the upstream may only not have noticed: it is tried again.
+A connection refused while others to the same upstream work says nothing about a mail, and little about the upstream:
+its cap is reached (see `ceiling`). So the ticket returns to its place, and waits for one of the others. While none is
+known to work, and more are being opened, their outcome decides the meaning of the refusal. If the last working ones
+were closed a moment ago, for another worker, the upstream may not have noticed yet: it is tried again.
 
-Where all who share an upstream may have only so many connections together, one is opened when it has a slot, which it
-keeps until the upstream has noticed its end (see `slots`). Others that wait get what lies idle here, and what has had
-its turn.
+If all processes that share an upstream have a common limit of connections, each connection needs a slot from its
+opening until the upstream has noticed its end (see `slots`). Processes that wait get the slots of connections that are
+idle here, or have had their turn.
 
-`Ticket.on_decided` is called in the middle of the pool's own work, and may call the pool: by then the pool is in order.
+`Ticket.on_decided` is called in the middle of the pool's work, when its state is consistent, and may call the pool.
 """
 
 import math
@@ -36,29 +36,30 @@ from otel_smtp.forwarding.snapshots import PoolSnapshot
 from otel_smtp.forwarding.tickets import C, Decision, Ticket
 
 RECLAIM_AFTER_SECONDS: Final = 0.25
-"""A client on the same continent sends its content within a few round trips; one that takes longer is slow, or
-gone. This holds where one ticket waits; where more do, each has its part of it."""
+"""A client on the same continent sends its content within a few round trips; one that takes longer is slow, or gone.
+This applies while one ticket waits; with more, it is divided among them.
+"""
 RECLAIM_SOONEST_SECONDS: Final = 0.05
-"""However many wait: a client nearby, which sends on at once, is not sent round twice."""
+"""However many wait: a nearby client, which continues at once, must not restart."""
 PENDING_SECONDS: Final = 10.0
-"""How long a refused mail waits to learn from the connections that are being opened whether the upstream works."""
+"""How long a refused mail waits for the connections being opened, which show whether the upstream works."""
 RETRY_SECONDS: Final = 0.25
-"""After a refusal, until the next connection is opened beside those that work."""
+"""After a refusal, until another connection is opened beside the working ones."""
 
 
 class Pool(Generic[C]):
     """The connections to one upstream.
 
-    All times are by one monotonic clock. Methods may be called in any order; each leaves the pool within its limits.
+    All times are by one monotonic clock. Methods may be called in any order; each keeps the pool within its limits.
 
     Args:
-        ceiling: what is known, perhaps with other workers, of how many connections the upstream takes.
-        slots: of its connections; None: there are none, and none are needed.
+        ceiling: the upstream's connection cap, perhaps shared with other workers.
+        slots: of its connections; None: none are needed.
 
     Attributes:
-        closing: connections that are to be closed now; see `take_closing`.
-        heard_at: when the upstream last was of use, a connection or an answer; None: never.
-        waiting: the tickets that wait, in the order in which they are served.
+        closing: connections to close now; see `take_closing`.
+        heard_at: when the upstream last accepted a connection or answered; None: never.
+        waiting: the waiting tickets, in serving order.
     """
 
     __slots__ = (
@@ -77,14 +78,14 @@ class Pool(Generic[C]):
         self._parting = 0  # given up, and their slots are not free yet
         self.breaker = Breaker(limits.connections)
         self.ceiling = ceiling if ceiling is not None else Ceiling()
-        # A delivery that is done with a reusable connection leaves it here: no other has a right to it.
+        # A delivery leaves its reusable connection here if no other has a prior claim to it.
         self._has_all_rights = slots is None and not self.ceiling.is_shared
         self.heard_at: float | None = None
-        self._is_unexplained = False  # some were refused, and whether the upstream works is not known yet
-        self._retry_at = 0.0  # not before: another connection beside those that work
+        self._is_unexplained = False  # some were refused, and it is still unknown whether the upstream works
+        self._retry_at = 0.0  # the earliest time of another connection beside the working ones
         self._closed: deque[float] = deque(maxlen=64)  # when connections were closed, the latest on the right
         self._idle: deque[C] = deque()  # the one released last on the right
-        self._in_use: dict[C, None] = {}  # in the order in which they were taken; the parked ones among them
+        self._in_use: dict[C, None] = {}  # in the order of taking, including parked ones
         self._opening = 0
         self.waiting: deque[Ticket[C]] = deque()
         self._is_closed = False
@@ -109,13 +110,13 @@ class Pool(Generic[C]):
             breaker=self.breaker.state,
         )
 
-    # What mails do ----------------------------------------------------------------------------------------
+    # Calls of mails ----------------------------------------------------------------------------------------
 
     def take(self, now: float) -> C | None:
-        """An idle connection; None: there is none, see `ask`. It is given back by `release`.
+        """Take an idle connection; None: there is none, see `ask`. `release` gives it back.
 
-        It is proof enough of the upstream's health, whatever the breaker says. It is taken from no other: where
-        connections are idle, the waiters want fresh ones. Connections that have died or expired meanwhile are given up.
+        It proves the upstream's health, whatever the breaker says. No waiter loses it: if connections are idle, the
+        waiters need fresh ones. Dead and expired connections are dropped on the way.
         """
         idle = self._idle
         while idle:
@@ -130,8 +131,8 @@ class Pool(Generic[C]):
         """Ask for a connection.
 
         Args:
-            fresh: one that was not used before.
-            since: its place is that of one that has asked then; None: now.
+            fresh: it must be unused.
+            since: its place is as if it had asked then; None: now.
         """
         ticket: Ticket[C] = Ticket(now, now if since is None else since, wants_fresh=fresh)
         if since is None:
@@ -142,7 +143,7 @@ class Pool(Generic[C]):
         return ticket
 
     def withdraw(self, ticket: Ticket[C], now: float) -> None:
-        """The mail that asked is gone. Its connection, if it has one, is given back."""
+        """The mail that asked has gone. Its connection, if any, is given back."""
         match ticket.decision:
             case Decision.WAITING:
                 self.waiting.remove(ticket)
@@ -190,7 +191,7 @@ class Pool(Generic[C]):
             self._assign(now)
 
     def add(self, connection: C, now: float) -> None:
-        """Take an idle connection that no ticket asked for; one too many is to be closed."""
+        """Add an idle connection that no ticket asked for; a surplus one is closed."""
         if self._is_closed or len(self._in_use) + self._opening + len(self._idle) >= self._limits.connections:
             self._give_up(connection, now)
             return
@@ -200,7 +201,7 @@ class Pool(Generic[C]):
         self._assign(now)
 
     def opened(self, ticket: Ticket[C], connection: C, now: float) -> None:
-        """The connection that a ticket allowed is open, and in use by the ticket's mail."""
+        """The connection for a ticket is open, and in use by its mail."""
         ticket.on_decided = None
         self._opening -= 1
         self._in_use[connection] = None
@@ -211,7 +212,7 @@ class Pool(Generic[C]):
         self._explain_refusals(now)
 
     def failed(self, ticket: Ticket[C], now: float, fault: UpstreamFault) -> bool:
-        """It could not be opened.
+        """The connection for a ticket could not be opened.
 
         Returns:
             Whether the ticket waits again: for another connection, or to learn whether the upstream works.
@@ -238,7 +239,7 @@ class Pool(Generic[C]):
         return waits
 
     def _explain_refusals(self, now: float) -> None:
-        """Refusals while the upstream works mean one connection too many."""
+        """Treat refusals while the upstream works as its connection cap."""
         if not self._is_unexplained or not self.ceiling.works(now):
             return
         self._is_unexplained = False
@@ -258,7 +259,7 @@ class Pool(Generic[C]):
         self.waiting.insert(sum(1 for _ in before), ticket)
 
     def _fail_refused(self, now: float, *, refused_before: float = math.inf) -> None:
-        """Nothing works, as it turns out: whose connections were refused is sent away with that."""
+        """The upstream does not work after all: fail the tickets whose connections were refused."""
         failed = [one for one in self.waiting if one.fault is not None and one.refused_at <= refused_before]
         self._is_unexplained = any(one.fault is not None for one in self.waiting if one not in failed)
         for ticket in failed:
@@ -267,14 +268,14 @@ class Pool(Generic[C]):
             ticket.decide(Decision.FAILED)
 
     def gave_up(self, now: float) -> None:
-        """The attempt to open was given up: no verdict."""
+        """The attempt to open was cancelled: no verdict."""
         self._opening -= 1
         if self._slots is not None:
             self._slots.give_back(now, lingers=True)
         self.breaker.give_up()
         self._assign(now)
 
-    # What time and peers do -------------------------------------------------------------------------------
+    # Calls of time and peers -------------------------------------------------------------------------------
 
     def lost(self, connection: C, now: float) -> None:
         """An idle connection died."""
@@ -284,10 +285,10 @@ class Pool(Generic[C]):
             self._assign(now)
 
     def expire(self, now: float, *, most_wait_seconds: float = math.inf) -> None:
-        """Look at the clock; to be called a few times a second while the pool is not empty.
+        """Act on the clock; call it a few times per second while the pool is not empty.
 
-        Connections that have been idle for too long are closed. Tickets that wait are served with connections that have
-        been parked for long enough, and those that have waited for `most_wait_seconds` are sent away.
+        Closes connections that were idle for too long, serves waiting tickets with connections parked for long enough,
+        and fails tickets that have waited for `most_wait_seconds`.
         """
         while self._idle and now - self._idle[0].used_at >= self._limits.idle_seconds:
             self._give_up(self._idle.popleft(), now)
@@ -303,14 +304,14 @@ class Pool(Generic[C]):
             self._assign(now)
         late = [one for one in self.waiting if now - one.asked_at >= most_wait_seconds]
         for ticket in late:
-            if ticket in self.waiting:  # the outcome of one may have gone to another
+            if ticket in self.waiting:  # the connection opened for one may have served another
                 self.waiting.remove(ticket)
                 ticket.decide(Decision.NONE)
 
     # Slots ------------------------------------------------------------------------------------------------
 
     def wanted_slots(self, now: float) -> int:
-        """How many connections would be opened now, were there slots for them."""
+        """How many connections would be opened now if there were slots."""
         if self._is_closed:
             return 0
         in_use = len(self._in_use) + self._opening
@@ -324,7 +325,7 @@ class Pool(Generic[C]):
         self._assign(now)
 
     def gone(self, now: float, *, lingers: bool) -> None:
-        """A connection that was given up is over; see `AnySlots.give_back`."""
+        """A dropped connection is closed; see `AnySlots.give_back`."""
         assert self._slots is not None
         self._parting -= 1
         self._slots.give_back(now, lingers=lingers)
@@ -335,7 +336,7 @@ class Pool(Generic[C]):
             self._give_up(self._idle.popleft(), now)
 
     def _keeps_slot(self, connection: C, now: float) -> bool:
-        """Whether a connection that is released may be used again here."""
+        """Whether a released connection may be used again here."""
         slots = self._slots
         assert slots is not None
         if not slots.are_ours():
@@ -343,10 +344,10 @@ class Pool(Generic[C]):
         return not slots.are_wanted(now) or (bool(self.waiting) and now - connection.opened_at < TURN_SECONDS)
 
     def serve(self, now: float) -> bool:
-        """Reclaim connections that have been parked for long enough, for the waiters.
+        """Reclaim connections parked for long enough, for the waiters.
 
         Returns:
-            Whether to ask again within `RECLAIM_SOONEST_SECONDS`: somebody waits.
+            Whether a ticket waits, so that the caller should ask again within `RECLAIM_SOONEST_SECONDS`.
         """
         if self.waiting and any(connection.parked is not None for connection in self._in_use):
             self._assign(now)
@@ -354,16 +355,16 @@ class Pool(Generic[C]):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing that could be late: no connection that is open or opening, and no waiter."""
+        """Whether nothing can be late: no connection is open or opening, and no ticket waits."""
         return not (self._idle or len(self._in_use) or self._opening or self.waiting or self.closing or self._parting)
 
     @property
     def is_parting(self) -> bool:
-        """Whether connections that were given up are not over yet."""
+        """Whether dropped connections are not closed yet."""
         return self._parting > 0
 
     def retire(self) -> None:
-        """Keep no idle connection any more; tickets are served as before, for those that still come."""
+        """Keep idle connections no longer; tickets that still come are served as before."""
         self._is_retired = True
         self._has_all_rights = False
         self.closing += self._idle
@@ -373,7 +374,7 @@ class Pool(Generic[C]):
         self._note()
 
     def close(self) -> None:
-        """No ticket is served any more; connections in use are closed when they are released."""
+        """Serve no more tickets; connections in use are closed when released."""
         self._is_closed = True
         self.retire()
         while self.waiting:
@@ -381,20 +382,20 @@ class Pool(Generic[C]):
         self._note()
 
     def take_closing(self) -> list[C]:
-        """The connections to be closed now; each is given once."""
+        """Take the connections to close now; each is returned once."""
         closing, self.closing = self.closing, []
         return closing
 
     # ------------------------------------------------------------------------------------------------------
 
     def _assign(self, now: float) -> None:
-        """Serve the tickets that can be served, in their order."""
+        """Serve the tickets that can be served, in order."""
         while self.waiting:
             decision, connection = self._decide(self.waiting[0], now)
             if decision is Decision.WAITING:
                 break
             self.waiting.popleft().decide(decision, connection)
-        # Waiters for a fresh connection keep no other from idle ones.
+        # Tickets for a fresh connection do not keep others from idle ones.
         while self._idle:
             ticket = next((ticket for ticket in self.waiting if not ticket.wants_fresh), None)
             if ticket is None or (idle := self.take(now)) is None:
@@ -403,7 +404,7 @@ class Pool(Generic[C]):
             ticket.decide(Decision.REUSE, idle)
 
     def _note(self) -> None:
-        """Let the other workers know how things stand here."""
+        """Tell the other workers our state."""
         self.ceiling.note(len(self._idle) + len(self._in_use), self._opening, len(self.waiting), self.heard_at or 0.0)
 
     def _give_up(self, connection: C, now: float) -> None:
@@ -422,14 +423,14 @@ class Pool(Generic[C]):
         return self._slots is None or self._keeps_slot(connection, now)
 
     def _is_for_others(self, now: float) -> bool:
-        """Whether another worker has more right to a connection: none of our mails waits, or we have too many."""
+        """Whether another worker has a prior claim to a connection: none of our mails waits, or we have too many."""
         if self.ceiling.level == math.inf:
             return False
         self._note()
         return not self.waiting or len(self._idle) + len(self._in_use) + self._opening >= self.ceiling.share(now)
 
     def _make_room_for_others(self, now: float) -> None:
-        """Give up what lies idle below a ceiling, and what is parked beyond our share of it."""
+        """Drop idle connections below a ceiling, and connections parked beyond our share of it."""
         if self.ceiling.level == math.inf:
             return
         while self._idle:
@@ -463,7 +464,7 @@ class Pool(Generic[C]):
         return Decision.WAITING, None
 
     def _reclaimed(self, now: float) -> C | None:
-        """The connection that has been parked for the longest, if that is long enough; its mail is notified."""
+        """The connection parked for the longest, if that is long enough; notifies its mail."""
         oldest, longest = None, None
         for connection in self._in_use:
             parked = connection.parked
@@ -482,12 +483,12 @@ class Pool(Generic[C]):
             return False
         if not self.breaker.allows(now, in_use):
             return False
-        # A fresh one is wanted though others lie idle: the oldest makes room.
+        # A fresh one is needed while others are idle: the oldest makes room.
         if in_use + len(self._idle) >= self._limits.connections:
             self._give_up(self._idle.popleft(), now)
         self._note()
         if ticket.fault is not None and not self.ceiling.works(now) and self.ceiling.is_opening:
-            return False  # a connection that is being opened reports first
+            return False  # a connection being opened reports first
         if now < self._retry_at and (self.ceiling.works(now) or self.ceiling.may_count_closed(now)):
             return False
         if self._slots is not None and not self._slots.take(now):

@@ -1,7 +1,7 @@
-"""How connections to one upstream come about, and what is known of it: what it offers, whether it can be reached.
+"""Opening connections to one upstream, and the knowledge of it: its extensions, whether it can be reached.
 
-Connections are opened for mails that have a ticket for one, for a look at the upstream, and to learn what it offers
-before there is any mail for it.
+Connections are opened for mails with a ticket, for probes, and to learn the upstream's extensions before there is any
+mail for it.
 """
 
 import asyncio
@@ -32,22 +32,23 @@ from otel_smtp.smtp.states import TlsMode
 
 logger: Final = logging.getLogger("otel_smtp.forwarding.reaching")
 
-LEARN_AGAIN_SECONDS: Final = 1.0  # after the first failure; twice as long after each further one
+LEARN_AGAIN_SECONDS: Final = 1.0  # after the first failure; doubled after each further one
 LEARN_AGAIN_MOST_SECONDS: Final = 60.0
 SLOT_SECONDS: Final = 1.0
-"""How long clients are promised nothing while what it offers is not known for want of a connection slot."""
+"""How long clients are promised nothing while its extensions are unknown for lack of a connection slot."""
 
 Opened = Callable[[UpstreamConnection | None, UpstreamFault | None], None]
-"""Takes a connection that was opened, or why none was; neither: the ticket waits again, or was decided otherwise
-meanwhile. It must not raise."""
+"""Takes the opened connection, or the fault; neither: the ticket waits again, or was decided otherwise meanwhile. It
+must not raise.
+"""
 
 
 class _WaitsAgain(Exception):
-    """No connection was opened, and that is no verdict."""
+    """No connection was opened, without a verdict."""
 
 
 class Reaching(ABC):
-    """One upstream and the way to it; see `Smarthost` for arguments and attributes."""
+    """One upstream and its connections; see `Smarthost` for arguments and attributes."""
 
     __slots__ = (
         "__weakref__",
@@ -124,22 +125,22 @@ class Reaching(ABC):
 
     @property
     def heard_at(self) -> float | None:
-        """When it last was of use, a connection or an answer; the loop's clock; None: never."""
+        """When it last accepted a connection or answered, by the loop's clock; None: never."""
         return self._pool.heard_at
 
     @property
     def retry_at(self) -> float | None:
-        """When the next attempt is allowed, by the loop's clock; None where it is not in backoff."""
+        """When the next attempt is allowed, by the loop's clock; None if it is not in backoff."""
         return self._pool.breaker.retry_at
 
     @property
     def is_reachable(self) -> bool:
-        """Whether the last that is known of it is good, or nothing is known."""
+        """Whether the latest news of it is good, or there is none."""
         return self.failed_at is None or (self.heard_at is not None and self.heard_at >= self.failed_at)
 
     @property
     def most_recipients(self) -> int:
-        """How many recipients it takes in one transaction, as far as is known."""
+        """How many recipients it takes in one transaction, as far as known."""
         return self.settings.most_recipients(self.extensions)
 
     @abstractmethod
@@ -164,15 +165,15 @@ class Reaching(ABC):
 
     @abstractmethod
     def _reclaim_soon(self) -> None:
-        """Somebody waits: what is parked may soon be theirs."""
+        """A ticket waits: look soon whether a parked connection can be reclaimed."""
 
     @abstractmethod
     def _be_swept(self) -> None:
-        """There is something that can be late."""
+        """Register with the sweep, as something can be late."""
 
     @abstractmethod
     def _close_what_is_over(self) -> None:
-        """Close what the pool has given up."""
+        """Close the connections that the pool has dropped."""
 
     @abstractmethod
     def _lost(self, connection: UpstreamConnection) -> None:
@@ -181,10 +182,10 @@ class Reaching(ABC):
     # Opened for a mail -------------------------------------------------------------------------------------
 
     def open(self, ticket: Ticket[UpstreamConnection], note: NotePhase, opened: Opened) -> "asyncio.Task[None]":
-        """Open the connection that a ticket allowed; until it is open, the task may be cancelled."""
+        """Open a connection for a ticket; until it is open, the task may be cancelled."""
         assert self._loop is not None
         opening = self._loop.create_task(self._open_for(ticket, note, opened))
-        # A task that is cancelled before its first step never runs: only its end is certain.
+        # A task cancelled before its first step never runs: only its end is certain.
         opening.add_done_callback(self._opening_ended)
         return opening
 
@@ -232,7 +233,7 @@ class Reaching(ABC):
         return connection
 
     def _tell_ceiling(self, fault: UpstreamFault | None) -> None:
-        """Log it where another number of connections was learnt."""
+        """Log a newly learnt connection cap."""
         level = self._pool.ceiling.level
         if level == self._level:
             return
@@ -244,14 +245,14 @@ class Reaching(ABC):
         else:
             logger.info("upstream connection cap raised", extra=words)
 
-    # Opened for a look, and to learn what it offers --------------------------------------------------------
+    # Probes, and learning the extensions --------------------------------------------------------
 
     async def connect(self, note: NotePhase) -> UpstreamConnection:
-        """A connection for a look at the upstream, not for a mail; give it back by `release`.
+        """Open a connection for a probe, not for a mail; give it back by `release`.
 
         Raises:
-            ConnectFailed: one was tried, and did not come about.
-            NoConnectionFree: none was tried.
+            ConnectFailed: an attempt failed.
+            NoConnectionFree: no attempt was made.
         """
         if (connection := self.take(asyncio.get_running_loop().time())) is not None:
             return connection
@@ -274,17 +275,17 @@ class Reaching(ABC):
             raise
 
     async def probe(self) -> None:
-        """Connect to it and say EHLO, if it may be asked now; the connection is kept for the next mail."""
+        """Connect and send EHLO, if that is allowed now; the connection is kept for the next mail."""
         try:
             connection = await self.connect(_note_nothing)
         except UpstreamFault:
-            return  # noted where it happened
+            return  # already noted
         self.release(connection, answered=False)
 
     async def learn(self) -> None:
-        """Connect to it until it has said what it offers, to this or to a mail; the connection is kept for a mail.
+        """Connect, again and again, until this or a mail has learnt its extensions; the connection is kept for a mail.
 
-        The breaker does not count it: no mail is to wait because the upstream was away before there was any mail.
+        The breaker does not count it: no mail should wait because the upstream was away before there was any mail.
         """
         wait_seconds = LEARN_AGAIN_SECONDS
         while self.extensions is None:
@@ -308,14 +309,14 @@ class Reaching(ABC):
             wait_seconds = min(2 * wait_seconds, LEARN_AGAIN_MOST_SECONDS)
 
     def _learn(self, extensions: Extensions | None) -> None:
-        """Note what it offers; None: it could not be asked."""
+        """Note its extensions; None: it could not be asked."""
         self.extensions = extensions
         self.is_unheard = False
         if self._learnt is not None:
             self._learnt()
 
     async def _slot_to_learn(self, slots: AnySlots) -> bool:
-        """Take a slot; False: it is known by now what the upstream offers."""
+        """Take a slot; False: the upstream's extensions are known by now."""
         loop = asyncio.get_running_loop()
         asked_at = loop.time()
         try:
@@ -348,7 +349,7 @@ class Reaching(ABC):
         return connection
 
     def _keep(self, connection: UpstreamConnection) -> None:
-        """Take a connection that no ticket asked for into the pool."""
+        """Add a connection that no ticket asked for to the pool."""
         loop = self._loop = asyncio.get_running_loop()
         if self.extensions is None:
             self._learn(connection.extensions)
@@ -358,10 +359,10 @@ class Reaching(ABC):
         self._pool.add(connection, loop.time())
         self._close_what_is_over()
 
-    # What went wrong ---------------------------------------------------------------------------------------
+    # Faults ---------------------------------------------------------------------------------------
 
     def no_connection(self, ticket: Ticket[UpstreamConnection]) -> UpstreamFault:
-        """Why a ticket came to nothing: an upstream in backoff has said why it is, or its silence did."""
+        """The fault of a ticket that got no connection: for an upstream in backoff, the fault that caused it."""
         if ticket.decision is Decision.FAILED and ticket.fault is not None:
             return ticket.fault
         last = self.last_fault
@@ -371,17 +372,17 @@ class Reaching(ABC):
         return NoConnectionFree("all connections are busy", replies.UPSTREAM_BUSY, said)
 
     def credentials_refused(self, fault: CredentialsRefused, named: Mapping[str, object]) -> None:
-        """It refused a mail for what the operator has to mend.
+        """It refused a mail for a reason that the operator must mend.
 
         Args:
-            named: what log lines say of the mail, and of this upstream.
+            named: the log fields of the mail, and of this upstream.
         """
         assert self._loop is not None
         self._note(fault)
         logger.error("upstream refused our credentials", extra={**named, **self.told(fault)})
 
     def told(self, fault: UpstreamFault) -> dict[str, object]:
-        """What log lines say of a fault."""
+        """The log fields of a fault."""
         said = fault.upstream_reply
         return {
             "fault": str(fault),
@@ -397,10 +398,10 @@ class Reaching(ABC):
     # TLS ---------------------------------------------------------------------------------------------------
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """A context with what the files of its TLS settings hold now; None where it is spoken to in clear.
+        """Make a context from the current content of its TLS files; None for an upstream in the clear.
 
         Raises:
-            OSError: one of them cannot be read, or holds nothing of use.
+            OSError: a file cannot be read, or is not usable.
         """
         settings = self.settings
         if settings.tls is TlsMode.OFF:
@@ -410,14 +411,14 @@ class Reaching(ABC):
         )
 
     def secure_by(self, context: ssl.SSLContext | None) -> None:
-        """Use another TLS context from the next connection on."""
+        """Use this TLS context from the next connection on."""
         self._context = context
 
 
 def _alone(fault: UpstreamFault) -> UpstreamFault:
-    """A fault without what led to it: that would keep frames alive, and with them a mail."""
+    """A fault without its cause and traceback, which would keep frames, and so a mail, alive."""
     return UpstreamFault(str(fault), fault.reply, fault.upstream_reply)
 
 
 def _note_nothing(phase: DeliveryPhase, reply: Reply | None) -> None:
-    """The steps of a probe are of no delivery."""
+    """The steps of a probe belong to no delivery."""

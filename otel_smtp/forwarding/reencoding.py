@@ -1,14 +1,14 @@
-"""8-bit content made 7-bit, part by part, for an upstream without 8BITMIME (RFC 6152 3, RFC 2045 6).
+"""Re-encoding 8-bit content as 7-bit, part by part, for an upstream without 8BITMIME (RFC 6152 3, RFC 2045 6).
 
-Each part of a message that holds octets above 127 gets an encoding that 7-bit transport keeps: quoted-printable where
-it is text, base64 else. Decoded, the content is the same octets. Parts that are 7-bit already stay as they are; but a
-signature over the message (DKIM) does not survive any change.
+Each part with octets above 127 gets an encoding that 7-bit transport preserves: quoted-printable for text, base64 for
+all else. Decoded, the content is the same octets. Parts that are already 7-bit stay unchanged; but a signature over the
+message (DKIM) does not survive any change.
 
-That a part holds such octets shows behind its header, where the encoding must be named. So a message is read twice: by
-a `Survey`, then by a `Reencoder`, which knows from it what to change. Both take octets in pieces of any size, hold no
-more than a header or a line of them and an octet for each part, and take time in proportion to their length.
+The header of a part, which must name the encoding, comes before its octets. So a message is read twice: by a `Survey`,
+then by a `Reencoder`, which learns from it what to change. Both take octets in pieces of any size, hold no more than a
+header or a line and one octet per part, and take time in proportion to the length.
 
-Content that would not be the same message afterwards is refused (`CannotReencode`): see there.
+Content that would not be the same message afterwards is refused: see `CannotReencode`.
 """
 
 import re
@@ -18,14 +18,14 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 MOST_DEPTH: Final = 100
-"""Multiparts and messages within one another; Postfix's `mime_nesting_limit`."""
+"""Nesting of multiparts and messages; Postfix's `mime_nesting_limit`."""
 MOST_HEADER_OCTETS: Final = 1024 * 1024
 """Of the header of a message or part."""
 MOST_BOUNDARY_OCTETS: Final = 256
 """RFC 2046 5.1.1 allows 70."""
 
 _LINE_OCTETS: Final = 76  # of an encoded line (RFC 2045 6.7, 6.8)
-_BASE64_OCTETS: Final = 57  # what makes a line of that length
+_BASE64_OCTETS: Final = 57  # input for a line of that length
 _IDENTITY: Final = frozenset({b"", b"7bit", b"8bit", b"binary"})
 
 _FIELD: Final = re.compile(rb"[!-9;-~]+[ \t]*:")
@@ -33,19 +33,19 @@ _MEDIA_TYPE: Final = re.compile(rb"[ \t\r\n]*([!#$%&'*+.^_`{|}~0-9A-Za-z-]+/[!#$
 _PARAMETER: Final = re.compile(rb';([^=;"]*)=[ \t\r\n]*("(?:[^"\\]|\\.)*"|[^\s;"]*)', re.DOTALL)
 _ENCODING: Final = re.compile(rb"[ \t\r\n]*([0-9A-Za-z-]*)")
 _QUOTED_PAIR: Final = re.compile(rb"\\(.)", re.DOTALL)
-# What a line of quoted-printable cannot hold as it is. Two hyphens at its beginning are none of these, but readers that
-# compare less of a line than they should would take it for the end of the part.
+# Octets that quoted-printable must encode. Two hyphens at the beginning of a line need not be, but readers that compare
+# too little of a line would take them for the end of the part.
 _UNSAFE: Final = re.compile(rb"[^\t -<>-~]|[\t ]\Z|\A-(?=-)")
 _HEX: Final = tuple(b"=%02X" % octet for octet in range(256))
 _ABOVE_127: Final = bytes(octet if octet < 128 else ord("?") for octet in range(256))
 
 
 class CannotReencode(ValueError):
-    """A message cannot be made 7-bit and stay what it is; the text says why.
+    """A message cannot be made 7-bit without becoming another message; the text says why.
 
-    It has 8-bit octets in a header field, in a part that is signed or encrypted (RFC 1847 2.1: to be left alone in
-    transit), in one that names an encoding which these octets are no part of, or in one whose type may not be encoded;
-    or it is not clear where its parts begin.
+    It has 8-bit octets in a header field, in a part that is signed or encrypted (RFC 1847 2.1: must not be changed in
+    transit), in one whose named encoding does not allow them, or in one whose type must not be encoded; or it is not
+    clear where its parts begin.
     """
 
 
@@ -53,11 +53,11 @@ class _Entity:
     """A message, or a part of one.
 
     Attributes:
-        encoding: as it is named, in small letters; b"" where it is not.
-        boundary: of a multipart whose parts are to be looked at; None: it is none.
+        encoding: its named encoding, in lower case; b"" without one.
+        boundary: of a multipart whose parts must be inspected; None for all others.
         is_message: its header is that of a message.
-        holds_message: what follows is the header of another message.
-        opaque: why nothing in it can be encoded; None: it can.
+        holds_message: its body begins with the header of another message.
+        opaque: why nothing in it can be encoded; None: it can be.
     """
 
     __slots__ = (
@@ -68,17 +68,17 @@ class _Entity:
     def __init__(self, number: int, *, is_message: bool) -> None:
         self.number = number
         self.is_message = is_message
-        self.lines: list[bytes] = []  # of its header, with their ends
+        self.lines: list[bytes] = []  # of its header, with line ends
         self.encoding = b""
         self.has_type = self.has_version = self.is_text = self.is_digest = self.holds_message = False
         self.boundary: bytes | None = None
         self.opaque: str | None = None
 
     def read(self, usual_type: bytes) -> None:
-        """Take from the header what it says of the body.
+        """Read the header's fields about the body.
 
         Args:
-            usual_type: where the header names none.
+            usual_type: the type if the header names none.
         """
         fields: dict[bytes, list[bytes]] = {b"content-type": [], b"content-transfer-encoding": [], b"mime-version": []}
         for name, value in _fields(self.lines):
@@ -115,7 +115,7 @@ class _Entity:
 
 
 def _fields(lines: Sequence[bytes]) -> Iterator[tuple[bytes, bytes]]:
-    """The fields of a header: name in small letters, value as it is folded."""
+    """The fields of a header: name in lower case, value still folded."""
     field: list[bytes] = []
     for line in (*lines, b"-:"):
         if line[:1] in b" \t" and field:
@@ -139,7 +139,7 @@ def _boundary_of(value: bytes) -> bytes | None:
 
 
 class _Reading(ABC):
-    """Finds the parts of a message, and says of each line what it belongs to.
+    """Finds the parts of a message, and assigns each line to one.
 
     A subclass receives headers (`_begin`), lines of content (`_take`) and the lines between the parts (`_pass`).
     """
@@ -147,15 +147,15 @@ class _Reading(ABC):
     def __init__(self) -> None:
         self._held: list[bytes] = []  # the beginning of a line
         self._count = 0  # of entities
-        self._open: list[tuple[_Entity, int]] = []  # multiparts, each with how many entities it lies in
-        self._boundaries: dict[bytes, list[tuple[int, bool]]] = {}  # lines, with whose they are; the innermost last
-        self._path: list[_Entity] = []  # what the present line lies in, the whole message first
+        self._open: list[tuple[_Entity, int]] = []  # multiparts, each with its depth
+        self._boundaries: dict[bytes, list[tuple[int, bool]]] = {}  # lines and their owners, the innermost last
+        self._path: list[_Entity] = []  # the entities around the current line, the whole message first
         self._header: _Entity | None = None  # whose header is being read
         self._header_octets = 0
         self._expect_header(is_message=True)
 
     def _read(self, data: bytes) -> None:
-        """Take some octets of the message."""
+        """Read some octets of the message."""
         if b"\r\n" not in data and not data.startswith(b"\n"):
             self._held.append(data)
             return
@@ -224,7 +224,7 @@ class _Reading(ABC):
                 raise CannotReencode("a header is too long")
             entity.lines.append(line + end)
         else:
-            # Content that no empty line stands before: behind another field it might be read as something else.
+            # Content without an empty line before it: behind another field it might be read differently.
             entity.opaque = "a header is not ended by an empty line"
             self._end_header()
             self._line(line, end)
@@ -243,7 +243,7 @@ class _Reading(ABC):
 
     @abstractmethod
     def _begin(self, entity: _Entity) -> None:
-        """The header of an entity is complete; its empty line, where it has one, is passed next."""
+        """The header of an entity is complete; its empty line, if any, is passed next."""
 
     @abstractmethod
     def _take(self, line: bytes, end: bytes) -> None:
@@ -251,11 +251,11 @@ class _Reading(ABC):
 
     @abstractmethod
     def _pass(self, line: bytes) -> None:
-        """A line, its end included, that separates parts, or stands before the first or behind the last of them."""
+        """A line, with its end, that separates parts, or is before the first or behind the last."""
 
     @abstractmethod
     def _leave(self) -> None:
-        """The content of an entity is over; the end of its last line was none of it (RFC 2046 5.1.1)."""
+        """The content of an entity is over; its last line end belongs to the boundary (RFC 2046 5.1.1)."""
 
 
 def _delimiters(multipart: _Entity) -> tuple[bytes, bytes]:
@@ -267,8 +267,8 @@ class Survey(_Reading):
     """The first reading: which parts hold 8-bit octets.
 
     Attributes:
-        has_8bit: an octet for each part, in the order of their headers, the whole message first: 1 where there are
-            such octets in it or in what it holds.
+        has_8bit: one octet per part, in the order of headers, the whole message first: 1 if the part or anything inside
+            it has such octets.
     """
 
     def __init__(self) -> None:
@@ -276,7 +276,7 @@ class Survey(_Reading):
         super().__init__()
 
     def feed(self, data: bytes) -> None:
-        """Take some of the message, from its first header field on.
+        """Read a piece of the message, from its first header field on.
 
         Raises:
             CannotReencode: see there.
@@ -284,7 +284,7 @@ class Survey(_Reading):
         self._read(data)
 
     def finish(self) -> None:
-        """All of it has come; errors as of `feed`."""
+        """The message is complete; errors as of `feed`."""
         self._end()
 
     def _begin(self, entity: _Entity) -> None:
@@ -311,16 +311,16 @@ class Survey(_Reading):
 
 
 class Reencoder(_Reading):
-    """The second reading: gives the message as 7-bit transport keeps it.
+    """The second reading: writes the message in 7-bit form.
 
-    What stands before the first part of a multipart or behind the last, where readers do not look, cannot be encoded:
-    8-bit octets become question marks there.
+    Lines before the first part of a multipart or behind the last, which readers ignore, cannot be encoded: their 8-bit
+    octets become question marks.
 
     Args:
-        survey: of the same message; it is finished.
+        survey: of the same message, finished.
 
     Attributes:
-        header: of the message, as it is to be sent, without the empty line that ends it; b"" until it is complete.
+        header: of the new message, without the empty line that ends it; b"" until it is complete.
     """
 
     def __init__(self, survey: Survey) -> None:
@@ -328,19 +328,19 @@ class Reencoder(_Reading):
         self._has_8bit = survey.has_8bit
         self._out: list[bytes] = []
         self._takes: Final = {b"": self._keep, b"quoted-printable": self._quote, b"base64": self._gather}
-        self._encoding = b""  # that of the content at hand; b"": it stays as it is
-        self._gathered: list[bytes] = []  # octets to be encoded in base64
+        self._encoding = b""  # of the current content; b"": it stays unchanged
+        self._gathered: list[bytes] = []  # octets to encode in base64
         self._gathered_octets = 0
-        self._owed = b""  # the end of the last line, which may be part of the boundary behind it
+        self._owed = b""  # the last line end, which may belong to the following boundary
         super().__init__()
 
     def feed(self, data: bytes) -> bytes:
-        """Take some of the message, from its first header field on; give what is decided behind the header."""
+        """Read a piece of the message, from its first header field on; returns the decided octets behind the header."""
         self._read(data)
         return self._given()
 
     def finish(self) -> bytes:
-        """All of it has come; give the rest."""
+        """The message is complete; returns the rest."""
         self._end()
         if self._owed:
             self._gathered.append(self._owed)
@@ -396,10 +396,10 @@ class Reencoder(_Reading):
 
 
 def _with_encoding(lines: Sequence[bytes], encoding: bytes, *, is_needed: bool) -> Sequence[bytes]:
-    """A header that names `encoding`.
+    """The header with `encoding` named.
 
     Args:
-        is_needed: where it names none, too.
+        is_needed: add the field if the header has none.
     """
     field = b"Content-Transfer-Encoding: %b\r\n" % encoding
     replaced: list[bytes] = []
@@ -416,10 +416,10 @@ def _with_encoding(lines: Sequence[bytes], encoding: bytes, *, is_needed: bool) 
 
 
 def _missing_fields(entity: _Entity) -> Sequence[bytes]:
-    """What a message needs beside its encoding to be read by it (RFC 2045 4)."""
+    """Fields that a message needs besides its encoding to be read correctly (RFC 2045 4)."""
     if not entity.is_message or entity.has_version:
         return ()
-    # RFC 1428 3: what is not MIME does not say of what character set it is.
+    # RFC 1428 3: a message without MIME does not name its character set.
     content_type = () if entity.has_type else (b"Content-Type: text/plain; charset=unknown-8bit\r\n",)
     return (b"MIME-Version: 1.0\r\n", *content_type)
 
@@ -429,7 +429,7 @@ def _hex_of(found: re.Match[bytes]) -> bytes:
 
 
 def _quoted_printable(line: bytes) -> bytes:
-    """A line in quoted-printable (RFC 2045 6.7), without its end."""
+    """Encode a line in quoted-printable (RFC 2045 6.7), without its end."""
     text = _UNSAFE.sub(_hex_of, line)
     if len(text) <= _LINE_OCTETS:
         return text

@@ -1,4 +1,4 @@
-"""A forwarder in front of another one: every envelope sender becomes the one that the provider takes.
+"""A forwarder in front of another one that replaces every envelope sender by the one that the provider accepts.
 
 Providers that bind a login to one address refuse every other reverse-path, and the applications behind a relay have
 many. The content is not touched, so its From field still names the author (RFC 5322 3.6.2), and DKIM signatures
@@ -13,11 +13,11 @@ from otel_smtp.smtp.extensions import Extensions
 
 
 class SenderRewritingForwarder:
-    """Hands mail on with another reverse-path: routes, bounces and the upstream go by that one.
+    """Passes mail on with another reverse-path, which then decides routes, bounces and the upstream's view.
 
     Args:
-        behind: takes the mail.
-        sender: the mailbox that every reverse-path becomes, ASCII.
+        behind: the forwarder that takes the mail.
+        sender: the mailbox that replaces every reverse-path, ASCII.
     """
 
     def __init__(self, behind: Forwarder, sender: str) -> None:

@@ -1,4 +1,4 @@
-"""Which upstreams serve which mail: patterns of senders and recipients, in the order of preference."""
+"""Routes: the upstreams that serve a mail, by patterns of senders and recipients, in order of preference."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from otel_smtp.smtp.envelope import Mail, Recipient
 
 
 class Routed(Protocol):
-    """What has patterns."""
+    """An upstream with patterns."""
 
     @property
     def senders(self) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ class Serving(Generic[T]):
 
     Attributes:
         upstreams: all of them, the preferred one first.
-        for_all: those that serve every recipient; none where that depends on the recipient.
+        for_all: those that serve every recipient; empty if that depends on the recipient.
     """
 
     __slots__ = ("_rows", "for_all", "upstreams")
@@ -57,7 +57,7 @@ class Serving(Generic[T]):
 
 
 class _Everything:
-    """Patterns that every mail fits."""
+    """Patterns that match every mail."""
 
     senders: tuple[str, ...] = ()
     recipients: tuple[str, ...] = ()
@@ -76,7 +76,7 @@ class Routes(Generic[T]):
             does not matter; the null reverse-path is matched by "" and by "*".
 
     Attributes:
-        for_all: what serves whatever sender; None where that depends on the sender.
+        for_all: the upstreams for every sender; None if that depends on the sender.
         preferred: the upstreams that come first for some mail.
     """
 
@@ -99,7 +99,7 @@ class Routes(Generic[T]):
 
 
 def _pattern(patterns: Sequence[str]) -> re.Pattern[str] | None:
-    """One expression for all of `patterns`; None where there are none."""
+    """One expression for all `patterns`; None without any."""
     if not patterns:
         return None
     numbers = count()
@@ -107,11 +107,11 @@ def _pattern(patterns: Sequence[str]) -> re.Pattern[str] | None:
 
 
 def _translated(pattern: str, numbers: "count[int]") -> str:
-    """`pattern` as a regular expression whose time grows with the address alone, however many `*` there are.
+    """`pattern` as a regular expression that takes linear time, however many `*` it has.
 
-    The first place where the text between two `*` is found is as good as any later one, so none is tried twice. A
-    lookahead that is then repeated says that; `fnmatch.translate` says it by an atomic group, which this package does
-    without (see `otel_smtp.smtp.paths`).
+    The first match of the text between two `*` is as good as any later one, so none is tried twice. A lookahead whose
+    group is then repeated expresses this; `fnmatch.translate` uses an atomic group, which this package avoids (see
+    `otel_smtp.smtp.paths`).
 
     Args:
         numbers: name the groups, which must be unique in the whole expression.

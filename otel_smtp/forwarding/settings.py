@@ -1,4 +1,4 @@
-"""What an upstream relay needs to know, as plain values; `gateway.wiring` fills them from the settings."""
+"""The upstream relay's settings as plain values; `gateway.wiring` makes them from the settings file's."""
 
 import ssl
 from dataclasses import dataclass, field
@@ -16,10 +16,9 @@ DEFAULT_RECIPIENTS: Final = 100  # which any server takes (RFC 5321 4.5.3.1.8)
 class Strategy(StrEnum):
     """When the upstream is asked.
 
-    TRANSPARENT: at RCPT, so that each recipient gets the upstream's own verdict.
-    BUFFERED: at the end of the content, all in one group; recipients were accepted by us, and a refusal of any
-        refuses the message, while no recipient has it. Those that go in a further transaction have verdicts of their
-        own.
+    TRANSPARENT: at RCPT, so that each recipient gets the upstream's own verdict. BUFFERED: at the end of the content,
+    all in one group; we accept recipients ourselves, and if the upstream refuses one, the whole message is refused, and
+    no recipient has it. Recipients of a further transaction have their own verdicts.
     """
 
     TRANSPARENT = "transparent"
@@ -27,9 +26,9 @@ class Strategy(StrEnum):
 
 
 class TracePolicy(StrEnum):
-    """What becomes of the trace headers of a relayed message.
+    """What to do with the trace headers of a relayed message.
 
-    INJECT: they are replaced by those of the delivery. STRIP: they are removed. KEEP: they are left as they came.
+    INJECT: replace them by those of the delivery. STRIP: remove them. KEEP: leave them unchanged.
     """
 
     INJECT = "inject"
@@ -38,7 +37,7 @@ class TracePolicy(StrEnum):
 
 
 class TokenSource(Protocol):
-    """Where XOAUTH2 gets its access token."""
+    """The source of XOAUTH2's access tokens."""
 
     async def token(self) -> str:
         """A token that is good for a while.
@@ -55,7 +54,7 @@ class TokenSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Our identity for the upstream: a password, or a source of tokens (then XOAUTH2 is the mechanism)."""
+    """Our credentials for the upstream: a password, or a source of tokens (for XOAUTH2)."""
 
     username: str
     password: str = field(default="", repr=False)
@@ -64,15 +63,15 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """How long the upstream may take, in seconds; each command has its own time (RFC 5321 4.5.3.2).
+    """The upstream's time limits in seconds; each command has its own (RFC 5321 4.5.3.2).
 
     Attributes:
         connect: name, connection and TLS handshake together.
-        command: EHLO, AUTH, MAIL, RCPT and whatever has no time of its own.
+        command: EHLO, AUTH, MAIL, RCPT and every command without its own limit.
         data: DATA to 354.
         block: a block of content to be taken.
-        reply: the end of the content to the reply. RFC 5321 4.5.3.2.6 gives it 10 minutes; ours is shorter, as the
-            client that waits for us counts its own 10.
+        reply: the end of the content to the reply. RFC 5321 4.5.3.2.6 allows 10 minutes; ours is shorter, as the
+            waiting client counts its own 10.
         pool: wait for a free connection.
     """
 
@@ -90,8 +89,8 @@ class PoolLimits:
     """How many connections are kept, and how long.
 
     Attributes:
-        connections: at most, busy and idle together.
-        messages: after which a connection is closed.
+        connections: the most, busy and idle together.
+        messages: a connection is closed after this many.
         age_seconds: after which a connection is not used again.
         idle_seconds: after which an unused connection is closed; shorter than any upstream's patience.
     """
@@ -104,7 +103,7 @@ class PoolLimits:
 
 @dataclass(frozen=True, slots=True)
 class ReplyLimits:
-    """What an upstream may make grow; beyond, its connection is closed."""
+    """Bounds on what an upstream can make grow; beyond them its connection is closed."""
 
     line_octets: int = MAX_REPLY_LINE_OCTETS
     lines: int = MAX_REPLY_LINES
@@ -115,21 +114,21 @@ class UpstreamSettings:
     """One upstream.
 
     Attributes:
-        name: what telemetry and the status page call it.
+        name: its name in telemetry and on the status page.
         host: name, address, or the path of a unix socket (then `port` is None).
         is_lmtp: it speaks LMTP (RFC 2033).
         tls: OFF; STARTTLS: required and verified; IMPLICIT: from the first octet, verified.
-        auth: "auto" takes the best that is offered; else the mechanism's name in lower case; "off".
+        auth: "auto" takes the best mechanism offered; or a mechanism's name in lower case; or "off".
         ca_file: PEM; None: the system's authorities.
-        certificate_file, key_file: PEM, our own, where the upstream asks for one.
-        server_name: the name that its certificate must have, where it differs from `host`.
+        certificate_file, key_file: PEM, our own, for an upstream that demands one.
+        server_name: the name that its certificate must have, if it differs from `host`.
         tls_context: used instead of one made from the files above.
-        senders, recipients: patterns like "*@example.com" of what it serves; none: all.
+        senders, recipients: patterns like "*@example.com" of addresses that it serves; none: all.
         trace_context: see `TracePolicy`.
-        recipients_per_transaction: at most; the others go in further ones.
-        paced_by: names of limits that all hold for it.
-        reencode_8bit: content is made 7-bit where it does not offer 8BITMIME: see `reencoding`.
-        disabled: extensions, in capitals, that are not used though it offers them.
+        recipients_per_transaction: the most; the others go in further ones.
+        paced_by: names of limits that all apply to it.
+        reencode_8bit: re-encode content as 7-bit if it does not offer 8BITMIME: see `reencoding`.
+        disabled: extensions, in capitals, not to use even if it offers them.
     """
 
     name: str
@@ -157,7 +156,7 @@ class UpstreamSettings:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where it is, as configured."""
+        """Its configured address."""
         return Endpoint(self.host, self.port)
 
     @property
@@ -166,17 +165,17 @@ class UpstreamSettings:
         return self.server_name or self.host
 
     def most_recipients(self, extensions: Extensions | None) -> int:
-        """How many recipients it is asked about in one transaction.
+        """The most recipients in one transaction.
 
         Args:
-            extensions: what it offers (LIMITS RCPTMAX, RFC 9422 3.2); None: that is not known.
+            extensions: its offer (LIMITS RCPTMAX, RFC 9422 3.2); None: unknown.
         """
         announced = extensions.limits.get("RCPTMAX", 0) if extensions is not None else 0
         return min(self.recipients_per_transaction, announced) if announced > 0 else self.recipients_per_transaction
 
 
 PACE_PATIENCE_SECONDS: Final = 270.0
-"""How long a client waits for a limit: RFC 5321 4.5.3.2.3 gives it 5 minutes for the reply to RCPT."""
+"""How long a client's mail waits for a limit: RFC 5321 4.5.3.2.3 lets it wait 5 minutes for the reply to RCPT."""
 
 MEMORY_LIMIT_OCTETS: Final = 256 * 1024
 """Content up to this size is held in memory, beyond it in a temporary file. Nine of ten mails are smaller than 256 KiB,

@@ -1,11 +1,11 @@
-"""Connection slots: how many connections to an upstream all may have open together who share them.
+"""Connection slots: a limit on connections to an upstream, shared by all processes that use it.
 
 A connection needs a slot from before it is opened until the upstream has noticed its end. Here slots are kept in memory
 that the workers of a gateway may share, under a lock; gateways that share a queue keep them in its database, see
-`global_slots`. Who wants slots and gets none says so; who has some hands idle ones on then, and none is kept for longer
-than a turn. A worker that dies leaves its slots to the others.
+`global_slots`. A process that wants slots and gets none says so; others then pass idle ones on, and none is kept for
+longer than a turn. The slots of a dead worker go to the others.
 
-Times are of the monotonic clock, which processes share.
+Times are by the monotonic clock, which processes share.
 """
 
 import asyncio
@@ -22,19 +22,19 @@ from otel_smtp.forwarding.ceiling import is_alive
 from otel_smtp.forwarding.limits import Locked
 
 TURN_MESSAGES: Final = 100
-"""After so many on one connection its slot is given back, so that others have a turn."""
+"""After this many messages on a connection its slot is given back, so that others have a turn."""
 TURN_SECONDS: Final = 10.0
-"""Likewise, where others wait: a slow upstream may need minutes for so many messages."""
+"""Likewise, while others wait: a slow upstream may need minutes for that many messages."""
 IDLE_SECONDS: Final = 5.0
-"""How long a slot is kept for a connection that is not in use, and that no other opener wants."""
+"""How long a slot is kept for an idle connection while no other process wants it."""
 LINGERING_SECONDS: Final = 1.0
-"""After a connection was broken off, how long the upstream may still count it."""
+"""How long the upstream may still count a connection after it was broken off."""
 PAUSE_SECONDS: Final = 0.5
-"""After a slot was given back for others, until one is taken again: they have to notice first."""
+"""After giving a slot back for others, how long to wait before taking one again: they must notice first."""
 LOOK_AGAIN_SECONDS: Final = 0.1
-"""Between two looks at what other processes may have given back."""
+"""Between two looks for slots that other processes have given back."""
 WISH_SECONDS: Final = 2.0
-"""How long a wish holds that is not repeated."""
+"""How long a request counts without being repeated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ class SlotSettings:
 
 
 class SlotUser(Protocol):
-    """Opens connections."""
+    """An opener of connections."""
 
     def wanted_slots(self) -> int:
-        """How many more could be used now."""
+        """How many more slots could be used now."""
         ...
 
     def look(self) -> None:
-        """There may be some."""
+        """There may be slots."""
         ...
 
 
@@ -66,11 +66,11 @@ class AnySlots(Protocol):
 
     @property
     def held(self) -> int:
-        """How many are ours, whether a connection has them or not."""
+        """How many slots are ours, with or without a connection."""
         ...
 
     def take(self, now: float) -> bool:
-        """Take a slot for a connection that is about to be opened; where there is none, `look` is called later."""
+        """Take a slot for a connection about to be opened; if there is none, `look` is called later."""
         ...
 
     def put_back(self, now: float) -> None:
@@ -90,19 +90,19 @@ class AnySlots(Protocol):
         ...
 
     def are_ours(self) -> bool:
-        """Whether those that connections have are surely ours."""
+        """Whether the slots of our connections are certainly ours."""
         ...
 
     def watch(self, user: SlotUser) -> None:
-        """Notify one that wanted slots when there may be some."""
+        """Notify this opener when there may be slots."""
         ...
 
     async def told(self) -> None:
-        """Wait until all that was given back can be taken by others."""
+        """Wait until others can take all slots given back."""
         ...
 
 
-# The head of a table, then two numbers for each slot: the process that has it, or 0; from when on it is free.
+# The head of a table, then two numbers for each slot: the process that has it, or 0; and when it becomes free.
 _WANTED_BY, _WANTED_UNTIL, _HEAD = 0, 1, 2
 _OWNER, _FREE_FROM, _SLOT = 0, 1, 2
 
@@ -116,8 +116,8 @@ class Slots:
     """The slots of one upstream, in memory.
 
     Args:
-        cells: `table_cells` numbers, all 0 at first; None: of our own.
-        lock: guards them, where processes share them.
+        cells: `table_cells` numbers, initially 0; None: private ones.
+        lock: guards them, if processes share them.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Slots:
                 self._cells[slot + _OWNER] = os.getpid()
                 self.held += 1
                 return True
-            # An opener that has slots does not speak for those that have none.
+            # An opener with slots does not count for those without.
             if not (self.held and self.are_wanted(now)):
                 self._cells[_WANTED_BY], self._cells[_WANTED_UNTIL] = os.getpid(), now + WISH_SECONDS
         self._look_again()
@@ -212,7 +212,7 @@ class Slots:
 
 
 class SharedSlots:
-    """Slots in memory that is shared by the processes that are forked after it was made."""
+    """Slots in memory shared with processes forked later."""
 
     def __init__(self, settings: Sequence[SlotSettings]) -> None:
         with tempfile.TemporaryFile() as file:

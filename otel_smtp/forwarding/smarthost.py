@@ -1,4 +1,4 @@
-"""One upstream: its pool, brought to life with real connections. How these come about: see `reaching`."""
+"""One upstream and its pool of real connections; `reaching` opens them."""
 
 import asyncio
 
@@ -10,26 +10,26 @@ from otel_smtp.forwarding.tls import UpstreamTlsContext
 
 
 class Smarthost(Reaching):
-    """One upstream that mail is relayed to.
+    """An upstream to which mail is relayed.
 
     Args:
-        hostname: what we call ourselves in EHLO.
-        sweep: calls `check_clock` while there is anything that can be late.
-        ceiling: of its connections, shared with other workers; None: there are none.
+        hostname: our name in EHLO.
+        sweep: calls `check_clock` while anything can be late.
+        ceiling: of its connections, shared with other workers; None without any.
         learnt: called when `extensions` or `is_unheard` has changed.
         room_made: called when more mails may be under way.
-        shown: what log lines may show of the upstream's words, which may name people.
+        shown: makes the upstream's words, which may name people, fit for log lines.
 
     Attributes:
         settings: as configured. `name`: its name there. `endpoint`: where it is.
-        pace: the limits that its mails are held to; None: there are none.
-        slots: of its connections; None: they need none.
+        pace: the limits for its mails, if any.
+        slots: of its connections, if they need any.
         extensions: what its last EHLO offered; None before the first.
-        is_unheard: it is not known yet what it offers, nor that it cannot be asked now.
-        take: `take(now)`: a connection that is idle, by the loop's clock; None: see `ask`. It is given back by
-            `release`. In the middle of a transaction others may need it more: see `UpstreamConnection.parked`.
-        failed_at, failure: when a connection to it last failed, and what became of it, in a word; None: never.
-        last_fault: likewise, with what it said.
+        is_unheard: it is unknown so far both what it offers and whether it can be asked.
+        take: `take(now)` takes an idle connection, by the loop's clock; None: see `ask`. `release` gives it back.
+            During a pause in a transaction others may get it: see `UpstreamConnection.parked`.
+        failed_at, failure: when a connection to it last failed, and how, in a word; None: never.
+        last_fault: likewise, with its words.
 
     Raises:
         OSError: a file of its TLS settings cannot be read.
@@ -47,7 +47,7 @@ class Smarthost(Reaching):
 
     @property
     def is_over(self) -> bool:
-        """Whether it has no connection, and no waiter for one."""
+        """Whether it has neither connections nor waiters."""
         return self._pool.is_empty
 
     # Use of connections -----------------------------------------------------------------------------------
@@ -56,8 +56,8 @@ class Smarthost(Reaching):
         """Ask for a connection. A decision to open one is followed by `open`.
 
         Args:
-            fresh: none that was used before: those may all be as stale as the one that just died.
-            since: keep the place among the waiters that it had then; None: behind them.
+            fresh: it must be unused: the others may all be as stale as the one that just died.
+            since: its place among the waiters is as if it had asked then; None: the last.
         """
         loop = self._loop = asyncio.get_running_loop()
         ticket = self._pool.ask(loop.time(), fresh=fresh, since=since)
@@ -92,10 +92,10 @@ class Smarthost(Reaching):
         self._close_what_is_over()
 
     def release(self, connection: UpstreamConnection, *, answered: bool) -> None:
-        """Give a connection back; it is kept if it is in step, else closed.
+        """Give a connection back; it is kept if it is in step, otherwise closed.
 
         Args:
-            answered: it answered what it was asked.
+            answered: the upstream has answered all commands.
         """
         assert self._loop is not None
         pool = self._pool
@@ -105,10 +105,10 @@ class Smarthost(Reaching):
         if pool.closing:
             self._close_what_is_over()
 
-    # What time and peers do --------------------------------------------------------------------------------
+    # Calls of time and peers --------------------------------------------------------------------------------
 
     def check_clock(self, now: float) -> None:
-        """End what takes too long, and close what has been idle for too long."""
+        """End exchanges that take too long, and close connections idle for too long."""
         for connection in tuple(self._connections):
             connection.check_deadline(now)
         self._pool.expire(now, most_wait_seconds=self.settings.timeouts.pool)
@@ -118,15 +118,15 @@ class Smarthost(Reaching):
             self._sweep.remove(self.check_clock)
 
     def retire(self) -> None:
-        """Others take its place: close what is idle, and each connection after the mail that it carries now.
+        """Others replace it: close idle connections, and each other connection after its current mail.
 
-        Transactions that have chosen this upstream may still ask for connections, and come to their end here.
+        Transactions that have chosen this upstream may still ask for connections, and end here.
         """
         self._pool.retire()
         self._close_what_is_over()
 
     def close(self) -> None:
-        """Close what is idle, and whatever is in use when it is released. Idempotent."""
+        """Close idle connections, and those in use when they are released. Idempotent."""
         if self.pace is not None:
             self.pace.close()
         self._pool.close()
@@ -169,7 +169,7 @@ class Smarthost(Reaching):
         self._room_made()
 
     async def parted(self) -> None:
-        """Wait until the upstream has noticed the end of the connections that were closed, and all slots are free."""
+        """Wait until the upstream has noticed the end of closed connections, and all slots are free."""
         if self.slots is None:
             return
         self._pool.retire()

@@ -1,4 +1,4 @@
-"""Upstreams and their pools at one moment, as the status page shows them."""
+"""Snapshots of upstreams and their pools, for the status page."""
 
 from dataclasses import dataclass
 
@@ -24,8 +24,8 @@ class UpstreamSnapshot:
     """One upstream at one moment, for the status page.
 
     Attributes:
-        retry_seconds: until the next attempt is allowed; None where it is not in backoff.
-        last_success_seconds, last_failure_seconds: ago; None: never. `last_failure`: what it was, in a word.
+        retry_seconds: until the next attempt is allowed; None if it is not in backoff.
+        last_success_seconds, last_failure_seconds: ago; None: never. `last_failure`: its kind, in a word.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A mail's wish for a connection to an upstream, and what becomes of it: see `pool`, which decides."""
+"""A mail's request for a connection to an upstream; `pool` decides it."""
 
 from collections.abc import Callable
 from enum import Enum, auto
@@ -8,11 +8,11 @@ from otel_smtp.forwarding.faults import UpstreamFault
 
 
 class Parked(NamedTuple):
-    """Says that a mail leaves its connection alone for now.
+    """Marks a connection whose mail pauses.
 
     Attributes:
         since: by the pool's clock.
-        on_reclaimed: called when the connection is taken away; from then on it is another mail's.
+        on_reclaimed: called when the connection is taken away for another mail.
     """
 
     since: float
@@ -20,21 +20,21 @@ class Parked(NamedTuple):
 
 
 class Pooled(Protocol):
-    """What the pool asks of a connection."""
+    """A connection, as the pool sees it."""
 
     used_at: float
-    """When it was released last; the pool notes that."""
+    """When it was last released; set by the pool."""
     parked: Parked | None
-    """Whether it is left alone by the mail that has it. That says so, and that it goes on with it (None)."""
+    """Set by its mail while it pauses; None otherwise."""
 
     @property
     def is_alive(self) -> bool:
-        """Nothing has been heard of it since it was released."""
+        """Whether nothing has arrived on it since it was released."""
         ...
 
     @property
     def is_spent(self) -> bool:
-        """No other transaction is begun on it. Does not change while it is not in use."""
+        """Whether no other transaction may begin on it. Constant while it is idle."""
         ...
 
     @property
@@ -44,7 +44,7 @@ class Pooled(Protocol):
 
     @property
     def expires_at(self) -> float:
-        """When no other transaction is begun on it any more."""
+        """The time after which no other transaction begins on it."""
         ...
 
 
@@ -52,22 +52,22 @@ C = TypeVar("C", bound=Pooled)
 
 
 class Decision(Enum):
-    """What became of a ticket."""
+    """The decision on a ticket."""
 
     WAITING = auto()
-    REUSE = auto()  # `connection` is it
+    REUSE = auto()  # use `connection`
     OPEN = auto()  # open one, then call `opened`, `failed` or `gave_up`
-    FAILED = auto()  # the one that it had opened was refused, and so were all others; `fault` says how
+    FAILED = auto()  # its connection was refused, and so were all others; see `fault`
     NONE = auto()  # none is available: the upstream is in backoff, all were busy for too long, or the pool is closed
 
 
 class Ticket(Generic[C]):
-    """One mail's wish for a connection.
+    """One mail's request for a connection.
 
     Attributes:
-        asked_at: when it began to wait. `since`: when its transaction first did, which is its place among the others.
-        on_decided: called when a waiting ticket is decided; again where it was put back.
-        fault, refused_at: how and when the connection failed that it had opened; None: it had none.
+        asked_at: when it began to wait. `since`: when its transaction first did, which decides its place.
+        on_decided: called when a waiting ticket is decided; again if it was put back.
+        fault, refused_at: how and when its connection failed; None: it had none.
     """
 
     __slots__ = ("asked_at", "connection", "decision", "fault", "on_decided", "refused_at", "since", "wants_fresh")

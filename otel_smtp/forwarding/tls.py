@@ -7,13 +7,13 @@ from otel_smtp.net import require_modern_tls
 
 
 class UpstreamTlsContext(ssl.SSLContext):
-    """A client's context that offers the session of the connection before.
+    """A client's context that offers the previous connection's session.
 
     Event loops have no parameter for it, but all of them make the TLS object by `wrap_bio`. A resumed handshake saves
     the certificates and their verification; the session came from a verified handshake of the same context.
 
     Attributes:
-        kept_session: what the next handshake offers.
+        kept_session: the session to offer in the next handshake.
     """
 
     kept_session: ssl.SSLSession | None = None
@@ -26,7 +26,7 @@ class UpstreamTlsContext(ssl.SSLContext):
 
         Args:
             ca_file: PEM file of authorities; None: the system's.
-            certificate_file, key_file: our own certificate, where upstreams ask for one; the key may be in the same
+            certificate_file, key_file: our own certificate, for upstreams that demand one; the key may be in the same
                 file.
 
         Raises:
@@ -43,7 +43,7 @@ class UpstreamTlsContext(ssl.SSLContext):
         return context
 
     def keep_session(self, tls: ssl.SSLObject | None) -> None:
-        """Remember the session of a connection that has read something: TLS 1.3 sends its tickets late."""
+        """Keep the session of a connection that has read something: TLS 1.3 sends its tickets late."""
         if tls is not None and tls.session is not None and tls.session.has_ticket:
             self.kept_session = tls.session
 

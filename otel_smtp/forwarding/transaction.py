@@ -1,8 +1,8 @@
-"""A client's transaction, relayed: recipients and their routes, the content, and the end, by each strategy.
+"""Relaying a client's transaction: recipients and their routes, content, and end, by each strategy.
 
-A transaction judges what can be said without asking anybody, and collects the content. It is itself the first
-`Delivery` of the mail, which for nearly every mail is the only one. Recipients that have routes of their own, or are
-more than an upstream takes at once, go in deliveries of their own (see `further`).
+A transaction gives the verdicts that need no upstream, and collects the content. It is itself the first `Delivery` of
+the mail, which for nearly every mail is the only one. Recipients with other routes, or beyond an upstream's limit, go
+in further deliveries (see `further`).
 """
 
 import math
@@ -28,11 +28,11 @@ from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.extensions import of_ascii_content
 from otel_smtp.smtp.replies import Reply
 
-MOST_NAMED_CHARACTERS: Final = 128  # of a recipient whose refusal is that of the whole message
+MOST_NAMED_CHARACTERS: Final = 128  # of a recipient whose refusal refuses the whole message
 
 
 def bad_recipient(mail: Mail, recipient: Recipient) -> Reply | None:
-    """Why a recipient reaches no upstream at all; None where it may."""
+    """The refusal of a recipient that no upstream may get; None for all others."""
     address = recipient.address
     if not address or not is_safe_path(address):
         return replies.BAD_RECIPIENT
@@ -42,7 +42,7 @@ def bad_recipient(mail: Mail, recipient: Recipient) -> Reply | None:
 
 
 class Transaction(Delivery, MailTransaction):
-    """What all strategies share. See `MailTransaction`.
+    """The common part of all strategies. See `MailTransaction`.
 
     Args:
         serving: the upstreams that serve the sender.
@@ -62,7 +62,7 @@ class Transaction(Delivery, MailTransaction):
 
     # Set when they are needed.
     _answered: MessageAnswered | None
-    _pledged: list[Recipient]  # all that were accepted, in order, where there are parts
+    _pledged: list[Recipient]  # all accepted ones, in order, if there are parts
 
     def __init__(
         self,
@@ -76,12 +76,12 @@ class Transaction(Delivery, MailTransaction):
         Delivery.__init__(self, mail, record, relaying, route, is_plain)
         self._serving = serving
         self._route = route  # of the first recipients
-        self._parts: list[Part] | None = None  # of other routes, then of all; None: there is one transaction upstream
+        self._parts: list[Part] | None = None  # of other routes, then of all; None: only one transaction upstream
         self._collected: Content | None = None
 
     @property
     def _refuses_all_for_one(self) -> bool:
-        """Whether the refusal of a recipient refuses the message, while no recipient has it."""
+        """Whether the refusal of one recipient refuses the message, while no recipient has it."""
         return False
 
     @abstractmethod
@@ -126,7 +126,7 @@ class Transaction(Delivery, MailTransaction):
         return Delivery(self._mail, self._record, self._relaying, (), self._is_plain)
 
     def _abandon_first(self) -> None:
-        """Give up the transaction upstream that this is."""
+        """Abandon our own, first transaction upstream."""
         super().abort()
         if self.is_under_way:
             self._relaying.watch(self)
@@ -148,7 +148,7 @@ class Transaction(Delivery, MailTransaction):
 
     @abstractmethod
     def _relay(self, content: Content) -> None:
-        """Put what is still to be put, and send the content."""
+        """Send the remaining recipients and the content."""
 
     def _first_ended(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
         """The first transaction upstream is over."""
@@ -163,7 +163,7 @@ class Transaction(Delivery, MailTransaction):
             self._go_further(reply, verdicts)
 
     def _naming(self, reply: Reply) -> Reply:
-        """The refusal of a message for one of its recipients, with its address: nothing else names it to the client."""
+        """Add the recipient's address to the refusal of a message for its sake: nothing else names it to the client."""
         deliveries = self._record.deliveries
         if len(self.accepted) + len(self.left) < 2 or not deliveries:
             return reply
@@ -173,7 +173,7 @@ class Transaction(Delivery, MailTransaction):
         return with_remark(reply, f"recipient {whom}")
 
     def _answer(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
-        """The message has its answer."""
+        """Answer the message."""
         content, answered = self._collected, self._answered
         if content is not None and content.pieces is None:
             content.close()
@@ -181,10 +181,10 @@ class Transaction(Delivery, MailTransaction):
             answered(reply, verdicts)
 
     def _go_further(self, reply: Reply | None = None, verdicts: Sequence[Reply] = ()) -> None:
-        """Deliver to the recipients that the first transaction upstream had no place for.
+        """Deliver to the recipients that the first transaction upstream had no room for.
 
         Args:
-            reply: its final one; None: it had no recipient.
+            reply: its final reply; None: it had no recipient.
         """
         content = self._collected
         assert content is not None
@@ -212,7 +212,7 @@ class Transaction(Delivery, MailTransaction):
         further.go_on()
 
     def _last_begin_ns(self) -> float:
-        """Until when a transaction is begun for a client that waits; from the queue none does."""
+        """The latest time to begin a transaction for a waiting client; unbounded for the queue."""
         if self._record.connection is None:
             return math.inf
         ended = (
@@ -224,10 +224,10 @@ class Transaction(Delivery, MailTransaction):
         return next(ended, monotonic_ns()) + MOST_SECONDS * 1e9
 
     def _judge(self, recipient: Recipient) -> "Reply | Part | None":
-        """What can be said of a recipient without asking anybody.
+        """The verdict on a recipient that needs no upstream.
 
         Returns:
-            Its refusal; the part that it belongs to, where that is another than those before; else None.
+            Its refusal; or its part, if that differs from the first recipients'; otherwise None.
         """
         if (refusal := bad_recipient(self._mail, recipient)) is not None:
             return refusal
@@ -241,7 +241,7 @@ class Transaction(Delivery, MailTransaction):
         return None
 
     def _have_one_route(self, batch: Sequence[Recipient]) -> bool:
-        """Whether `_judge` would find nothing to say of any recipient: most batches, for which it is one look here."""
+        """Whether `_judge` would return None for every recipient, as for most batches: one check for all."""
         if not self._serving.for_all:
             return False
         for recipient in batch:
@@ -254,13 +254,13 @@ class Transaction(Delivery, MailTransaction):
         """Whether a recipient of another route can travel with those before it."""
         if route[0] is not self._route[0] or not self.is_served_by(route):
             return False
-        # The same upstream first, other ones behind it: only those that serve both are left.
+        # The same upstream first, followed by others: keep those that serve both.
         self._route = [smarthost for smarthost in self._route if smarthost in route]
         self.route = [smarthost for smarthost in self.route if smarthost in route]
         return True
 
     def _part(self, route: Sequence[Smarthost]) -> Part | Reply:
-        """The part of a route other than that of the first recipients; or why there is no other one."""
+        """The part of a route other than the first recipients'; or the reason for allowing no other."""
         if self._parts is None:
             self._parts = []
             self._pledged = list(self.promised)
@@ -275,7 +275,7 @@ class Transaction(Delivery, MailTransaction):
 
 
 class Transparent(Transaction):
-    """Recipients are put to the upstream as they come."""
+    """Recipients go to the upstream as they come."""
 
     __slots__ = ()
 
@@ -293,7 +293,7 @@ class Transparent(Transaction):
     def _ask_each(
         self, batch: Sequence[Recipient], found: Sequence["Reply | Part | None"], answered: RecipientsAnswered
     ) -> None:
-        """Answer a batch with our own replies, and with the verdicts of the upstreams of each part of it."""
+        """Answer a batch with our own replies, and with the verdicts of each part's upstream."""
         verdicts = [one if isinstance(one, Reply) else replies.RECIPIENT_OK for one in found]
         groups: dict[Delivery, list[int]] = {}
         for number, one in enumerate(found):
@@ -334,7 +334,7 @@ class Transparent(Transaction):
 
 
 class Buffered(Transaction):
-    """Recipients are accepted by us, and put to the upstream with the content.
+    """We accept recipients, and send them to the upstream with the content.
 
     An SMTP client gets one reply, so a refused recipient refuses the message. An LMTP client gets a reply
     for each of them (RFC 2033 4.2).
@@ -350,7 +350,7 @@ class Buffered(Transaction):
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
         accepted = self.accepted
-        # So many are fewer than any upstream takes in all transactions together.
+        # All upstreams take more than this in all transactions together.
         if len(accepted) + len(batch) <= MOST_TRANSACTIONS and self._have_one_route(batch):
             accepted += batch
             answered([replies.RECIPIENT_OK] * len(batch))
@@ -372,14 +372,14 @@ class Buffered(Transaction):
 
     def _relay(self, content: Content) -> None:
         if len(self.accepted) > 1 and not self._refuses_all_for_one:
-            self.left = self.accepted  # each is asked about before the content, as in any further transaction
+            self.left = self.accepted  # recipients go before the content, as in any further transaction
             self._go_further()
         else:
             self.burst(content, self._first_ended)
 
 
 class Spooled(Transparent):
-    """Recipients are put to the upstream together; a single one with the content, as its refusal is the message's."""
+    """All recipients go to the upstream together; a single one with the content, as its refusal refuses the message."""
 
     __slots__ = ("_is_burst",)
 

@@ -1,4 +1,4 @@
-"""The content of a transaction upstream, and what the reply to it means.
+"""The content of a transaction upstream, and the meaning of the reply.
 
 Small content is sent in one write, large content as fast as the upstream takes it, from memory or from a file.
 """
@@ -24,7 +24,7 @@ from otel_smtp.smtp.replies import ErrorType, Reply
 logger: Final = logging.getLogger("otel_smtp.forwarding.transmitting")
 
 ONE_PIECE_OCTETS: Final = 64 * 1024
-"""Content up to this size is joined and sent in one write; joining more costs more than the further writes."""
+"""Content up to this size is joined and sent in one write; joining more costs more than extra writes."""
 
 _TO_BE_REENCODED: Final = replies.NEEDS_8BITMIME.with_text("to be re-encoded")  # never sent to a client
 
@@ -41,12 +41,12 @@ class Transmitting(Enveloping):
     __slots__ = ()
 
     def _may_not_go_on(self) -> bool:
-        """Whether the message may be another gateway's by now, with its content not all sent: this was aborted then."""
+        """Whether another gateway may have the message by now, before all content is sent; if so, aborts."""
         has_lost_lease = self._record.has_lost_lease
         return has_lost_lease is not None and not self.has_ended_content and has_lost_lease()
 
     def _unfit(self) -> Reply | None:
-        """Make the header block that leaves, and say why this upstream cannot take the message; None where it can."""
+        """Make the outgoing header block; returns why this upstream cannot take the message, or None."""
         content, extensions = self._content, self._connection.protocol.extensions
         if content.original is not None and extensions.eight_bit_mime:
             content = self._content = content.original  # it was made 7-bit for an upstream before this one
@@ -63,11 +63,11 @@ class Transmitting(Enveloping):
             if (reencodes or self._mail.body is Body.EIGHT_BIT_MIME) and content.is_8bit:
                 if reencodes:
                     return _TO_BE_REENCODED
-                # Promised in good faith: another upstream, or this one another time, may take it.
+                # Promised in good faith: another upstream, or this one later, may take it.
                 return replies.UPSTREAM_LACKS_8BITMIME if self._record.is_8bit_offered else replies.NEEDS_8BITMIME
         if not self._is_plain and self._mail.smtputf8 and not extensions.smtputf8:
             is_lacking = content.needs_smtputf8 if extensions.eight_bit_mime else content.is_8bit
-            if is_lacking:  # it was offered: else such content would have been refused before
+            if is_lacking:  # it was offered: otherwise such content would have been refused before
                 return replies.UPSTREAM_LACKS_SMTPUTF8
         octets = self._octets = len(header) + content.body_octets
         size = extensions.size
@@ -76,7 +76,7 @@ class Transmitting(Enveloping):
         return None
 
     def _decline(self, refusal: Reply) -> None:
-        """This upstream cannot take the message. For good, if no other one serves it, here or later."""
+        """This upstream cannot take the message; permanent if no other one serves it."""
         if refusal is _TO_BE_REENCODED:
             self._content.reencode(partial(self._content_reencoded, self._connection))
         elif self.route or self._tried.faults:
@@ -85,7 +85,7 @@ class Transmitting(Enveloping):
             self._conclude(refusal)
 
     def _content_reencoded(self, connection: UpstreamConnection, made: Content | Reply) -> None:
-        """Go on with the same work and what was made for it."""
+        """Continue the same work with the re-encoded content."""
         if not self._is_connected or connection is not self._connection:
             return  # lost meanwhile
         if isinstance(made, Content):
@@ -125,7 +125,7 @@ class Transmitting(Enveloping):
             self._end_content()
 
     def _write_chunk(self) -> None:
-        """Write the content as one chunk, which ends it, and wait for the reply to it."""
+        """Write the content as one last chunk, and wait for its reply."""
         pieces = self._content.pieces
         if pieces is None or self._octets > ONE_PIECE_OCTETS:
             self._write_large()
@@ -134,7 +134,7 @@ class Transmitting(Enveloping):
             self._end_content()
 
     def _end_content(self) -> None:
-        """Send what is queued, the end of the content with it, and wait for the reply to the message."""
+        """Send what is queued with the end of the content, and wait for the reply to the message."""
         self.has_ended_content = True
         self._attempt.phases.append((monotonic_ns(), _CONTENT_ENDED, None))
         self._after = _MESSAGE_ANSWERED
@@ -179,7 +179,7 @@ class Transmitting(Enveloping):
         self._end_content()
 
     def _write_piece(self, piece: bytes) -> bool:
-        """Write a piece, but keep the last one back; whether to go on at once."""
+        """Write a piece, but hold the last one back; returns whether to continue at once."""
         self._put_content(piece)
         self._sent_octets += len(piece)
         is_last = self._sent_octets >= self._content.body_octets
@@ -198,7 +198,7 @@ class Transmitting(Enveloping):
             self._recover(error)
 
     def _refused_early(self, answers: ExchangeAnswers) -> None:
-        """The upstream refuses the content before its end; the connection cannot be used again then."""
+        """The upstream refuses the content before its end, which makes the connection unusable."""
         self._conclude(answers[-1].reply)
 
     # Answered ----------------------------------------------------------------------------------------------
@@ -226,13 +226,13 @@ class Transmitting(Enveloping):
         self._conclude(refusal)
 
     def _note_refused(self, answers: ExchangeAnswers) -> None:
-        """Note the recipients for which a message was refused before its content counted."""
+        """Note the recipients for whose sake a message was refused before its content."""
         for recipient, verdict in zip(self.accepted, answers.verdicts, strict=False):
             if verdict.code >= 400:
                 self._attempt.refuse(recipient, self._as_told(verdict), monotonic_ns())
 
     def _conclude_each(self, verdicts: Sequence[Reply]) -> None:
-        """The message has its reply for each recipient."""
+        """The message has a reply for each recipient."""
         self._conclude(fold(verdicts), verdicts if len(verdicts) > 1 else ())
 
     def _conclude(self, reply: Reply, verdicts: Sequence[Reply] = ()) -> None:
@@ -250,7 +250,7 @@ class Transmitting(Enveloping):
             logger.info("message outcome after its client left", extra={**self._named(), "code": reply.code})
 
     def _conclude_refused(self, reply: Reply, verdicts: Sequence[Reply]) -> Reply:
-        """The message was refused, perhaps for some of its recipients alone; the reply to the client."""
+        """The message was refused, perhaps only for some recipients; returns the reply to the client."""
         attempt = self._attempt
         own = reply if reply.error_type is ErrorType.UPSTREAM_REFUSED else None
         reply = self._as_told(reply)

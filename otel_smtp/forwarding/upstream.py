@@ -1,7 +1,7 @@
-"""The upstream relay: a `Forwarder` for upstreams in the order of preference, transparent or buffered.
+"""The upstream relay: a `Forwarder` for upstreams in order of preference, transparent or buffered.
 
-A transaction walks along the upstreams that serve its mail until one gives a usable answer; see `delivery` for how, and
-for what may be tried again.
+A transaction tries the upstreams that serve its mail until one gives a usable answer; see `delivery` for how, and
+`attempts` for retries.
 """
 
 import asyncio
@@ -29,10 +29,10 @@ from otel_smtp.smtp.extensions import BEYOND_SIZE, EXTENSIONS, Extensions, missi
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
-PROBE_AFTER_SECONDS: Final = 60.0  # how old a probe's answer may be; a provider need not see us more often
-PROBE_AGAIN_SECONDS: Final = 5.0  # while none can be reached, so that its return is soon known
+PROBE_AFTER_SECONDS: Final = 60.0  # the greatest age of a probe's answer; a provider need not see us more often
+PROBE_AGAIN_SECONDS: Final = 5.0  # while none can be reached, so that its return is noticed soon
 CLOSE_GRACE_SECONDS: Final = 5.0
-"""How long `close` waits for the reply to messages whose client is gone already."""
+"""How long `close` waits for the replies to messages whose client has gone."""
 
 _NO_NEEDS: Final = [*BEYOND_SIZE]
 _STRATEGIES: Final[dict[Strategy, type[Transaction]]] = {
@@ -49,13 +49,13 @@ class UpstreamForwarder:
         strategy: when they are asked.
         hostname: what we call ourselves in EHLO.
         observer: provides trace headers, and is notified of deliveries that end after their transaction.
-        sweep: looks at the clock, for everything here that can be late.
-        ceilings: of the upstreams' connections, by name, where workers share them.
-        limits: that upstreams may be paced by, by name.
-        slots: of the connections to upstreams, by their names, of those that have some.
+        sweep: the sweep of all deadlines here.
+        ceilings: of the upstreams' connections, by name, if workers share them.
+        limits: for pacing upstreams, by name.
+        slots: of the upstreams' connections, by name, for those that have any.
         pace_patience_seconds: how long a client's mail waits for them.
-        memory_limit_octets: of one message's body; what exceeds it goes to a temporary file.
-        shown: what log lines may show of an upstream's words, which may name people.
+        memory_limit_octets: for one message's body; the rest goes to a temporary file.
+        shown: makes an upstream's words, which may name people, fit for log lines.
 
     Raises:
         OSError: a file of an upstream's TLS settings cannot be read.
@@ -121,7 +121,7 @@ class UpstreamForwarder:
     def _relay_by(self, smarthosts: Sequence[Smarthost], strategy: Strategy) -> None:
         self._smarthosts = smarthosts
         self._routes = routes = Routes([(smarthost.settings, smarthost) for smarthost in smarthosts])
-        # What `destination` says of all mail; "": that depends on sender or recipient.
+        # The `destination` of all mail; "": it depends on sender or recipient.
         self._name_of_all = _name(smarthosts) if routes.for_all is not None and routes.for_all.for_all else ""
         self._strategy = _STRATEGIES[strategy]
         self._capabilities: Extensions | None = None
@@ -129,9 +129,10 @@ class UpstreamForwarder:
     # Forwarder --------------------------------------------------------------------------------------------
 
     def capabilities(self) -> Extensions:
-        """What the last EHLO of each upstream that some mail prefers said; the least, while one of them is being asked.
+        """The common extensions of all upstreams that some mail prefers, by their last EHLOs; the minimum while one of
+        them is being asked.
 
-        Where none of these can be reached, the first of the others that is known speaks for them.
+        If none of these can be reached, the first of the others that is known counts.
         """
         if self._capabilities is None:
             self._capabilities = self._promise()
@@ -160,18 +161,18 @@ class UpstreamForwarder:
         """Open a transaction. No upstream is asked yet.
 
         Args:
-            strategy: where it is not ours.
-            destination: whose upstreams serve it, whatever senders and recipients they are for; None: that decides.
+            strategy: None: ours.
+            destination: its upstreams serve the mail, whatever their patterns; None: the patterns decide.
 
         Raises:
-            Permanent: no upstream serves the sender, or the mail is too big for each that does.
-            Transient: each that does is known to lack what the mail needs: it was offered when there was more.
+            Permanent: no upstream serves the sender, or the mail is too big for all that do.
+            Transient: all that do are known to lack an extension that the mail needs, and that was offered earlier.
         """
         if destination is not None:
             serving = whatever_they_serve(self._named(destination))
         else:
             serving = self._routes.for_all or self._routes.for_mail(mail)
-        # Mail without special needs that fits the first upstream's SIZE is refused by none here: most mail.
+        # Most mail needs no extension, fits the first upstream's SIZE, and is not refused here.
         reverse_path, size, *needs = mail
         known = serving.upstreams[0].extensions if serving.upstreams else None
         is_plain = needs == _NO_NEEDS and reverse_path.isascii()
@@ -187,7 +188,7 @@ class UpstreamForwarder:
     # Relay ------------------------------------------------------------------------------------------------
 
     def refusal(self, mail: Mail) -> Reply | None:
-        """Why a mail is refused without asking anybody: see `begin`."""
+        """The permanent refusal of a mail that needs no upstream: see `begin`."""
         return _refusal(mail, self._routes.for_mail(mail))
 
     def destination(self, mail: Mail, recipient: Recipient) -> str | Reply:
@@ -206,17 +207,17 @@ class UpstreamForwarder:
         )
 
     def concurrency(self, destination: str) -> int:
-        """How many mails may be under way: as many as the one of its upstreams takes that takes most."""
+        """How many mails may be under way: as many as its least limited upstream takes."""
         named = self._named(destination)
         if len(named) == 1 or named[0].pace is not None:
-            return named[0].concurrency()  # its mail waits for its limits, even where another upstream has room
+            return named[0].concurrency()  # its mail waits for its limits, even if another upstream has room
         return max(smarthost.concurrency() for smarthost in named)
 
     def _named(self, destination: str) -> Sequence[Smarthost]:
         if destination == self._name_of_all:
             return self._smarthosts
         names = destination.split(",")
-        # The settings may have changed since the name was noted; then any of them may serve it.
+        # The settings may have changed since the name was noted; then any upstream may serve it.
         return [smarthost for smarthost in self._smarthosts if smarthost.settings.name in names] or self._smarthosts
 
     def watch_room(self, made: Callable[[], None]) -> None:
@@ -224,24 +225,24 @@ class UpstreamForwarder:
         self._room_made = made
 
     def for_spool(self) -> "SpoolRelay":
-        """The same upstreams and connections, for mail whose client is gone: each recipient has its own verdict."""
+        """The same upstreams and connections for mail without a client: each recipient has its own verdict."""
         return SpoolRelay(self)
 
-    # What is known ----------------------------------------------------------------------------------------
+    # Knowledge ----------------------------------------------------------------------------------------
 
     async def learn(self, *, wait_seconds: float = 0.0) -> None:
-        """Find out in the background what the upstreams offer, for `capabilities` and for the way along them.
+        """Learn the upstreams' extensions in the background, for `capabilities` and for choosing among them.
 
         Args:
             wait_seconds: how long to wait for the upstreams that some mail prefers: until these answer, clients are
-                offered the least.
+                offered the minimum.
         """
         await asyncio.wait(self._begin_to_learn(), timeout=wait_seconds)
 
     def _begin_to_learn(self) -> Sequence[asyncio.Task[None]]:
-        """Ask each upstream that nothing is known of; the tasks of those that some mail prefers."""
+        """Ask each unknown upstream; returns the tasks for those that some mail prefers."""
         for task in self._background:
-            task.cancel()  # some of upstreams that are none any more
+            task.cancel()  # some for former upstreams
         loop = asyncio.get_running_loop()
         learning = {one: loop.create_task(one.learn()) for one in self._smarthosts}
         for task in learning.values():
@@ -253,7 +254,7 @@ class UpstreamForwarder:
 
     def snapshot(self) -> Sequence[UpstreamSnapshot]:
         """The upstreams at this moment, in the order of preference."""
-        now = time.monotonic()  # the loop's clock, also where no loop runs
+        now = time.monotonic()  # the loop's clock, even without a running loop
         return [
             UpstreamSnapshot(
                 smarthost.settings.name,
@@ -270,13 +271,14 @@ class UpstreamForwarder:
 
     @property
     def is_reachable(self) -> bool:
-        """Whether any upstream can be reached, as far as is known."""
+        """Whether any upstream can be reached, as far as known."""
         return any(smarthost.is_reachable for smarthost in self._smarthosts)
 
     def probe_if_stale(self) -> None:
-        """Find out in the background which upstreams can be reached, where nothing has been heard of them for long.
+        """Probe upstreams in the background that have not been heard from for long.
 
-        For probes, which ask often and must not wait: the answer is there when they ask again. No mail is sent.
+        For health checks, which ask often and must not wait: they find the answer at their next request. No mail is
+        sent.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -291,21 +293,21 @@ class UpstreamForwarder:
             self._probes.add(probe)
             probe.add_done_callback(self._probes.discard)
 
-    # Other settings ---------------------------------------------------------------------------------------
+    # New settings ---------------------------------------------------------------------------------------
 
     def replacement(
         self, upstreams: Sequence[UpstreamSettings], *, strategy: Strategy, unchanged: Collection[str]
     ) -> Callable[[], None]:
-        """Prepare to relay by other settings.
+        """Prepare to relay by new settings.
 
         Args:
             upstreams: in order of preference; at least one.
             strategy: when they are asked.
-            unchanged: names of those whose settings are the same as now. They keep their connections and what is known
-                of them, and read their TLS files again.
+            unchanged: names of upstreams whose settings stay the same. They keep their connections and our knowledge of
+                them, and read their TLS files again.
 
         Returns:
-            What makes the change. Transactions that have begun end with the upstreams that they began with.
+            A function that makes the change. Open transactions end with the upstreams with which they began.
 
         Raises:
             OSError: a file of an upstream's TLS settings cannot be used; then nothing has changed.
@@ -330,17 +332,17 @@ class UpstreamForwarder:
     # The end ----------------------------------------------------------------------------------------------
 
     async def give_slots_back(self) -> None:
-        """Close the connections that have slots and no mail, and wait until the upstreams have noticed.
+        """Close idle connections with slots, and wait until the upstreams have noticed.
 
-        For a gateway that is about to leave the others.
+        For a gateway that is about to stop while others go on.
         """
         await asyncio.gather(*(smarthost.parted() for smarthost in (*self._smarthosts, *self._retired)))
 
     async def close(self, *, grace_seconds: float = CLOSE_GRACE_SECONDS) -> None:
-        """Close the connections, those in use when their mail is done with them. Idempotent.
+        """Close the connections, those in use after their mail. Idempotent.
 
         Args:
-            grace_seconds: how long messages whose client is gone may wait for their reply.
+            grace_seconds: how long messages without a client may wait for their reply.
         """
         if self._watched:
             self._all_ended = asyncio.Event()
@@ -357,11 +359,11 @@ class UpstreamForwarder:
             smarthost.close()
 
     def watch(self, delivery: Delivery) -> None:
-        """Note a delivery that goes on to its end, though its client no longer waits for it: `close` does."""
+        """Note a delivery that continues without its client, for `close` to await."""
         self._watched.add(delivery)
 
     def unwatch(self, delivery: Delivery) -> None:
-        """Forget it: it has ended."""
+        """Forget a delivery that has ended."""
         self._watched.discard(delivery)
         if not self._watched and self._all_ended is not None:
             self._all_ended.set()
@@ -372,7 +374,7 @@ def _nothing() -> None:
 
 
 def _name(route: Sequence[Smarthost]) -> str:
-    """The destination that those are who serve a recipient."""
+    """The destination that stands for these upstreams."""
     return ",".join([smarthost.settings.name for smarthost in route])
 
 
@@ -385,7 +387,7 @@ def _capabilities_of(smarthost: Smarthost) -> Extensions:
 
 
 def _common(each: Sequence[Extensions]) -> Extensions:
-    """What all can do. Of sizes the greatest: a mail that is too big for its own upstream is refused at MAIL."""
+    """The extensions that all offer, with the greatest size: a mail too big for its own upstream is refused at MAIL."""
     if len(each) == 1:
         return each[0]
     fields: dict[str, Any] = {
@@ -407,7 +409,7 @@ def _refusal(mail: Mail, serving: Serving[Smarthost]) -> Reply | None:
             return None
         missing = missing_extension(mail, extensions, is_tls=smarthost.settings.tls is not TlsMode.OFF)
         if missing is None or missing is replies.NEEDS_8BITMIME:
-            return None  # the content may be 7-bit all the same
+            return None  # the content may still be 7-bit
         refusal = refusal or missing
     return refusal or replies.RELAY_DENIED
 
@@ -415,7 +417,7 @@ def _refusal(mail: Mail, serving: Serving[Smarthost]) -> Reply | None:
 class SpoolRelay:
     """A `Relay` over the upstreams of a forwarder, for the spool: see `UpstreamForwarder.for_spool`.
 
-    What both have in common is the forwarder's own: to hand it on would be some calls more for each message.
+    It shares the forwarder's methods: delegating would cost some calls per message.
     """
 
     def __init__(self, forwarder: UpstreamForwarder) -> None:

@@ -1,4 +1,4 @@
-"""What follows from what an upstream offers, and from what it answers: for one mail, as pure functions."""
+"""Pure functions that interpret an upstream's answers for one mail."""
 
 import re
 from collections.abc import Sequence
@@ -14,24 +14,24 @@ _ABOUT_CREDENTIALS: Final = frozenset({530, 534, 535, 538})
 
 
 def is_about_credentials(reply: Reply) -> bool:
-    """Whether a refusal says that the gateway has to log in, or to log in otherwise (RFC 4954 6).
+    """Whether a refusal says that the gateway must log in, or log in differently (RFC 4954 6).
 
-    Nothing is wrong with the mail then: passed on as 5yz, it would make the client give the mail up.
+    Nothing is wrong with the mail then: a 5yz passed on would make the client give it up.
     """
     return reply.code in _ABOUT_CREDENTIALS
 
 
 def outcome_of(refusal: Reply) -> Outcome:
-    """How an attempt ended that was refused."""
+    """The outcome of a refused attempt."""
     if refusal.error_type is ErrorType.OUTCOME_UNKNOWN:
         return Outcome.UNKNOWN
     return Outcome.DEFERRED if refusal.is_transient or is_about_credentials(refusal) else Outcome.REFUSED
 
 
 def wants_another_transaction(refusal: Reply) -> bool:
-    """Whether a recipient was refused because there are too many in this transaction, or on this connection.
+    """Whether a recipient was refused for being one too many in this transaction, or on this connection.
 
-    452 says so, and 552 where servers follow RFC 821 (RFC 5321 4.5.3.1.10); but not where the enhanced code says that
+    452 says so, and 552 from servers that follow RFC 821 (RFC 5321 4.5.3.1.10); unless the enhanced code says that
     something else is full.
     """
     enhanced = refusal.enhanced
@@ -45,9 +45,9 @@ _ABOUT_ONE_MAIL: Final = re.compile(r"gr[ae]y-?list", re.IGNORECASE)
 
 
 def asks_for_less(refusal: Reply) -> bool:
-    """Whether an upstream says that it gets too much from us, and not that something is wrong with this mail.
+    """Whether an upstream says that it gets too much mail from us, rather than that something is wrong with this one.
 
-    421 ends a connection that worked; 450 and 451 with X.7.x are a policy's (RFC 3463 3.8); others have words for it.
+    421 ends a working connection; 450 and 451 with X.7.x come from a policy (RFC 3463 3.8); others say it in words.
     Greylisting, which has the same codes, is about one sender and one recipient. A refusal of our credentials is passed
     on as a 451 4.7.0 of ours.
     """
@@ -61,12 +61,12 @@ def asks_for_less(refusal: Reply) -> bool:
 
 
 def fold(verdicts: Sequence[Reply]) -> Reply:
-    """One final reply for what was answered for each recipient of a message, in their order.
+    """Combine the replies for each recipient of a message, in order, into one final reply.
 
-    All accepted: the first. None accepted: a refusal that lets the client try again, if there is one. Some of both says
-    for how many, since a client that gets one reply for all recipients must not take it for success: 451 where another
-    try may help one of the others (those who have it may get it twice then), else the first refusal's code and words,
-    so that no recipient gets a copy with each of many attempts.
+    All accepted: the first. None accepted: a temporary refusal, if there is one. A mixed result says how many were
+    accepted, since a client that gets one reply for all recipients must not take it for success: 451 if a retry may
+    help one of the others (recipients who have the message may then get it twice), otherwise the first refusal's code
+    and words, so that no recipient gets a copy with each of many attempts.
     """
     refusals = [reply for reply in verdicts if reply.code >= 400]
     if not refusals:
@@ -84,6 +84,6 @@ def fold(verdicts: Sequence[Reply]) -> Reply:
 
 
 def with_remark(reply: Reply, remark: str) -> Reply:
-    """A reply with a remark of ours behind its words, which make way where they are too long."""
+    """A reply with our remark appended; its own words are cut if they are too long."""
     *lines, last = reply.lines
     return reply.with_text(*lines, f"{last[: MAX_KEPT_CHARACTERS - len(remark) - 3]} ({remark})".lstrip())
