@@ -75,7 +75,15 @@ class Aging:
 
     async def _end(self, lease: Lease) -> None:
         """Expire a delivery. An expired notice is only logged."""
-        notices: Sequence[Notice] = ()
+        try:
+            notices = await self._notices.of(
+                NoticeKind.FAILED, lease, [(one, replies.EXPIRED) for one in lease.recipients]
+            )
+        except Exception:
+            # Nothing else lets go of what is leased here: it is ended at a later look.
+            logger.exception("notice not created", extra=told(lease))
+            await self._recording.record(lease, partial(self._store.finish, lease, ()))
+            return
         self._tell(lease, SpoolAction.EXPIRED)
         if lease.kind is not Kind.MAIL:
             last = parsed(lease.recipients[0].last_reply) if lease.recipients else None
@@ -85,9 +93,6 @@ class Aging:
             )
         else:
             logger.warning("message expired", extra={**told(lease), "recipients": len(lease.recipients)})
-            notices = await self._notices.of(
-                NoticeKind.FAILED, lease, [(one, replies.EXPIRED) for one in lease.recipients]
-            )
         verdicts = [Verdict(one.number, End.EXPIRED, replies.EXPIRED) for one in lease.recipients]
         outcomes: Sequence[Notice] = ()
         if self.outcomes is not None:

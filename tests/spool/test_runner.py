@@ -403,6 +403,43 @@ async def test_a_message_that_ends_before_its_warning_is_written_holds_up_no_oth
     await store.close()
 
 
+class _AwayOnce(MemoryStore):
+    """Its contents cannot be read the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_away = True
+
+    async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
+        if self.is_away:
+            self.is_away = False
+            raise StorageAway("away")
+        return await super().read(content, start, octets)
+
+
+async def test_what_is_too_old_while_its_content_cannot_be_read_is_ended_later() -> None:
+    """It is leased to be ended, and so are those after it: nobody else would ever let go of them."""
+    relay, store, told = ScriptedRelay(), _AwayOnce(), _Told()
+    await store.open()
+    schedule = Schedule((3600.0,), warn_after_seconds=None)
+    runner = Runner(store, relay, Notices(store, relay, policy="mail", hostname="gw.example"), schedule, told)
+    for _ in range(3):
+        await queued(store, message(max_age_seconds=0.0))
+    await runner.start()
+
+    async def has_ended() -> bool:
+        runner.look_soon()
+        return (await store.tally()).get("expired") == 3
+
+    async with asyncio.timeout(30):
+        while not await has_ended():  # noqa: ASYNC110 - the store has no event for it
+            await asyncio.sleep(0)
+    assert not store.is_away
+    assert [one.action for one in told.acts] == [SpoolAction.EXPIRED] * 3, "each is reported once"
+    await runner.stop(grace_seconds=1)
+    await store.close()
+
+
 class UnreadStore(MemoryStore):
     """Has every content read by who attempts it, as large ones are."""
 

@@ -22,6 +22,7 @@ from otel_smtp.spool.postgresql.connecting import (
     QueueLocation,
     ServerFacts,
     close,
+    is_of_replica,
     storage_error,
 )
 from otel_smtp.spool.postgresql.statements import Statements
@@ -165,6 +166,8 @@ class Beats:
                 connection = await self.line.get()
                 await self._beat(connection)
             except Exception as error:  # noqa: BLE001 - it is logged
+                if is_of_replica(error):
+                    self.line.terminate()
                 self._broken(storage_error(error))
                 wait = self.line.next_wait()
             else:

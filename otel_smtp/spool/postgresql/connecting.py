@@ -105,6 +105,11 @@ def may_succeed_again(error: BaseException) -> bool:
     return isinstance(error, _AGAIN)
 
 
+def is_of_replica(error: BaseException) -> bool:
+    """Whether what is behind a connection is no primary any more: another connection may lead to the one that is."""
+    return isinstance(error, asyncpg.ReadOnlySQLTransactionError)
+
+
 def storage_error(error: BaseException) -> SpoolError:
     """What a failure of the database means to the caller that wanted to store something."""
     if isinstance(error, SpoolError):

@@ -21,6 +21,7 @@ from otel_smtp.spool.postgresql.connecting import (
     Connection,
     LastingConnection,
     is_lost,
+    is_of_replica,
     may_succeed_again,
     storage_error,
 )
@@ -293,6 +294,8 @@ class Lanes(Generic[I]):
                     line.terminate()
                 elif may_succeed_again(error):
                     fault = storage_error(error)
+                    if is_of_replica(error):
+                        line.terminate()
                 elif len(group) > 1:
                     # One bad row must not fail its neighbours.
                     for item in group:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Final
 from uuid import UUID
 
-from otel_smtp.spool.messages import Lease, StorageAway, StoreVerb, is_for_receiver
+from otel_smtp.spool.messages import Lease, SpoolError, StorageAway, StoreVerb, is_for_receiver
 from otel_smtp.spool.postgresql.parts import PostgresqlParts
 from otel_smtp.spool.postgresql.rows import ContentKey, Row, lease_of, small_content
 
@@ -31,8 +31,8 @@ class PostgresqlLeasing(PostgresqlParts):
         for destination, most in wanted.items():
             try:
                 claimed = await self._claim(incarnation, destination, min(most, MOST_CLAIMED))
-            except StorageAway:
-                # It may have been committed, or be in a moment.
+            except SpoolError:
+                # It may have been committed, or be in a moment. And those of other destinations are leased.
                 self._adopt_until = time.monotonic() + ADOPT_SECONDS
                 if not found:
                     raise
@@ -64,6 +64,14 @@ class PostgresqlLeasing(PostgresqlParts):
         Args:
             are_outcomes: outcomes are claimed, mail is, or both: who sends the one must never be given the other.
         """
+        unknown = await self._unknown_leases(incarnation, are_outcomes)
+        if unknown:
+            # What has ended since the database looked is not known here any more, either: it is gone at a second look.
+            there = {_lease_key(row) for row in await self._unknown_leases(incarnation, are_outcomes)}
+            unknown = [row for row in unknown if _lease_key(row) in there]
+        return unknown
+
+    async def _unknown_leases(self, incarnation: UUID, are_outcomes: Container[bool]) -> Sequence[Row]:
         known = [f"{message_id}/{delivery}" for message_id, delivery in self._held]
         rows: Sequence[Row] = await self._working.do(
             lambda connection: connection.fetch(self._statements.unknown_leases, incarnation, known)
@@ -119,3 +127,7 @@ class PostgresqlLeasing(PostgresqlParts):
         key: ContentKey = lease.content.key  # type: ignore[assignment]  # asked several times for each mail
         beats = self.beats
         return key.incarnation is beats.incarnation and time.monotonic() < beats.ok_until
+
+
+def _lease_key(row: Row) -> tuple[str, int, int]:
+    return row["id"], row["d"], row["epoch"]

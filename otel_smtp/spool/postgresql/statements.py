@@ -131,7 +131,8 @@ _DUE: Final = f"""
 
 # The planner's figures may be of a moment when the queue was empty, and claims must not depend on them. `tried` comes
 # of a subquery, since a constant is folded into what the index does not have; the sample is sorted once; and each of it
-# is looked up by its key, one by one, which `state::text` leaves as the only way.
+# is looked up by its key, one by one, which `state::text` leaves as the only way. It may have been deferred since this
+# statement began.
 _CLAIM: Final = f"""
 WITH {_ME},
 s AS (({_DUE.format(tried="(SELECT false)")}) UNION ALL ({_DUE.format(tried="(SELECT true)")})),
@@ -142,7 +143,8 @@ c AS (
   SELECT one.msg_id, one.d, u.place, u.tried, one.taken_from
   FROM (SELECT * FROM u ORDER BY place, tried) AS u CROSS JOIN LATERAL (
     SELECT msg_id, d, taken_from FROM {{s}}.dlv
-    WHERE dlv.msg_id = u.msg_id AND dlv.d = u.d AND state::text = 'r' FOR UPDATE SKIP LOCKED) AS one
+    WHERE dlv.msg_id = u.msg_id AND dlv.d = u.d AND state::text = 'r' AND next_at <= now()
+    FOR UPDATE SKIP LOCKED) AS one
   WHERE EXISTS (SELECT FROM me) LIMIT $3)
 UPDATE {{s}}.dlv SET state = 'l', owner = $1, epoch = epoch + 1, attempts = attempts + 1, next_at = now(),
   taken_from = NULL
@@ -164,10 +166,12 @@ SELECT {_COLUMNS}, msg.content, 0 AS place, false AS tried, dlv.taken_from
 FROM {{s}}.dlv JOIN {{s}}.msg ON msg.id = dlv.msg_id
 WHERE dlv.owner = $1 AND dlv.state = 'l' AND dlv.msg_id || '/' || dlv.d <> ALL($2::text[])"""
 
+# Locked, a message is looked at as it is now: an operator may have given it more time since this statement began.
 _END_OVERDUE: Final = f"""
 WITH {_ME},
 o AS (SELECT id FROM {{s}}.msg WHERE held_at IS NULL AND expires_at <= now() AND ({_IS_OUTCOME}) = $3
-  AND EXISTS (SELECT FROM {{s}}.dlv WHERE msg_id = msg.id AND state IN ('r', 'h')) ORDER BY expires_at LIMIT $2),
+  AND EXISTS (SELECT FROM {{s}}.dlv WHERE msg_id = msg.id AND state IN ('r', 'h')) ORDER BY expires_at LIMIT $2
+  FOR NO KEY UPDATE SKIP LOCKED),
 c AS (SELECT dlv.msg_id, dlv.d, dlv.taken_from FROM {{s}}.dlv JOIN o ON o.id = dlv.msg_id
   WHERE dlv.state IN ('r', 'h') AND EXISTS (SELECT FROM me) FOR UPDATE OF dlv SKIP LOCKED)
 UPDATE {{s}}.dlv SET state = 'l', owner = $1, epoch = epoch + 1
@@ -338,8 +342,8 @@ UPDATE {s}.dlv SET state = 'r', next_at = now(), dup = true, owner = NULL
 WHERE state = 'l' AND owner NOT IN (SELECT id FROM {s}.gateway) RETURNING msg_id"""
 
 _LEAVE: Final = """
-WITH d AS (UPDATE {s}.dlv SET state = 'r', attempts = attempts - 1, next_at = least(next_at, now()), dup = true,
-  owner = NULL WHERE owner = $1 AND state = 'l' RETURNING msg_id),
+WITH d AS (UPDATE {s}.dlv SET state = 'r', attempts = greatest(attempts - 1, 0), next_at = least(next_at, now()),
+  dup = true, owner = NULL WHERE owner = $1 AND state = 'l' RETURNING msg_id),
 g AS (DELETE FROM {s}.gateway WHERE id = $1 RETURNING id, name)
 SELECT pg_notify($2, $3::text || json_build_array(g.id, g.name, NULL, (SELECT count(*) FROM d), '')) FROM g"""
 

@@ -132,6 +132,8 @@ class PostgresqlSubmitting(PostgresqlRecording):
                     placed = await connection.execute(
                         self._statements.withdraw_wait, self.beats.incarnation, message_id
                     )
+                    # A peer that is claiming it comes first: this waits for it, and the next statement sees its lease.
+                    await connection.fetch(self._statements.states, message_id)
                     row = await connection.fetchrow(
                         self._statements.withdraw, self.beats.incarnation, message_id, attempts
                     )

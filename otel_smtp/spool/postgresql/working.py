@@ -12,6 +12,7 @@ from otel_smtp.spool.postgresql.connecting import (
     QueueLocation,
     ServerFacts,
     is_lost,
+    is_of_replica,
     may_succeed_again,
     storage_error,
 )
@@ -97,7 +98,7 @@ class Working:
                 except SpoolError:
                     raise
                 except Exception as error:
-                    if is_lost(error):
+                    if is_lost(error) or is_of_replica(error):
                         self._line.terminate()
                     elif may_succeed_again(error) and time < TIMES - 1:
                         continue

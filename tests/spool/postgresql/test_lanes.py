@@ -31,14 +31,14 @@ class _Line:
 
     Attributes:
         waits: those that were asked for.
-        forgotten: how often its faults were.
+        forgotten, terminated: how often its faults were, and it was.
     """
 
     present: object = object()
 
     def __init__(self) -> None:
         self.waits = 0
-        self.forgotten = 0
+        self.forgotten = self.terminated = 0
 
     async def get(self) -> object:
         return self.present
@@ -54,7 +54,7 @@ class _Line:
         pass
 
     def terminate(self) -> None:
-        pass
+        self.terminated += 1
 
 
 class _Written:
@@ -278,7 +278,7 @@ async def test_its_time_over_it_is_refused_whatever_is_waited_for(line: _Line) -
 
 async def test_what_succeeds_again_forgets_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else each lock that is waited for too long, in all the life of a connection, makes the next wait longer."""
-    faults = [asyncpg.LockNotAvailableError("locked"), asyncpg.DeadlockDetectedError("deadlock")]
+    faults: list[Exception] = [asyncpg.LockNotAvailableError("locked"), asyncpg.DeadlockDetectedError("deadlock")]
 
     async def write(connection: object, lane: int, group: Sequence[_Item]) -> None:
         if faults:
@@ -294,4 +294,9 @@ async def test_what_succeeds_again_forgets_what_failed(monkeypatch: pytest.Monke
         (item,) = _add(lanes, 1)
         await item
         assert line.forgotten == forgotten
+    assert line.terminated == 0
+    faults.append(asyncpg.ReadOnlySQLTransactionError("a replica now"))
+    (item,) = _add(lanes, 1)
+    await item
+    assert line.terminated == 1, "the primary is behind another connection"
     await lanes.close()
