@@ -1,6 +1,6 @@
 """The age of queued mail: a warning to its sender, and expiry.
 
-Only `Aging.look` ends mail for its age, a small part of the spool at a time: a clock that jumped cannot empty it.
+Only `Aging.look` expires mail, a small part of the spool at a time, so a clock that jumps cannot empty it.
 """
 
 import logging
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("otel_smtp.spool.aging")
 
-MOST_AT_ONCE: Final = 100  # ended for their age in one look, or a hundredth of the spool if that is more
+MOST_AT_ONCE: Final = 100  # expired in one look, or a hundredth of the spool if that is more
 
 
 class Aging:
-    """Ends what is too old, and warns of what waits.
+    """Expires mail, and warns senders of delays.
 
     Args:
         warn_after_seconds: since arrival, once; None: never.
-        wake: called with destinations for which something waits now.
+        wake: called with destinations for which new messages wait.
 
     Attributes:
-        outcomes: writes the messages that report recipients' outcomes to the application; None: nothing is reported.
+        outcomes: makes the messages that report recipients' outcomes to the application; None: nothing is reported.
     """
 
     def __init__(
@@ -58,10 +58,10 @@ class Aging:
         """End and warn.
 
         Args:
-            messages: how many there are in the spool.
+            messages: how many the spool holds.
 
         Raises:
-            SpoolError: the spool cannot be worked on.
+            SpoolError: the store failed.
         """
         await self._store.housekeep()
         for lease in await self._store.end_overdue(max(MOST_AT_ONCE, messages // 100)):
@@ -120,14 +120,14 @@ class Aging:
         try:
             notices = await self._notices.of(NoticeKind.DELAYED, lease, waiting, retry_until=lease.expires_at)
         except NoSuchMessage:
-            return  # it was only shown to us, and has ended meanwhile
+            return  # it was not leased, and has ended meanwhile
         if await self._store.warn(lease.message_id, notices):
             logger.warning("message delayed; sender warned", extra=told(lease))
             self._wake([destination for notice, _ in notices for destination in notice.deliveries])
 
 
 def parsed(text: str) -> Reply | None:
-    """The reply that was kept as text; its lines in one."""
+    """The reply that was stored as text; its lines are joined."""
     if not text[:3].isdigit():
         return None
     enhanced, rest = EnhancedStatus.parse(text[4:])

@@ -1,7 +1,7 @@
-"""One attempt at one delivery: a transaction with the upstream relay, and the record of what it came to.
+"""One attempt at one delivery: a transaction with the upstream relay, and recording its result.
 
-The common attempt, whose content is at hand, is plain calls. A content that has to be read from the store is read by a
-task, piece by piece, as fast as the upstream takes it.
+A common attempt, whose content is in memory, is plain calls. A task reads other content from the store, piece by piece,
+as fast as the upstream takes it.
 """
 
 import asyncio
@@ -47,11 +47,11 @@ logger: Final = logging.getLogger("otel_smtp.spool.attempts")
 READ_OCTETS: Final = 256 * 1024
 RECORD_AGAIN_SECONDS: Final = 1.0
 
-# Looked up in its class, a member costs as much as a call.
+# Looking a member up in its class costs as much as a call.
 _MAIL: Final = Kind.MAIL
 _DELIVERED: Final = End.DELIVERED
 
-_make_verdict: Final = partial(tuple.__new__, Verdict)  # the constructor of a named tuple is a function in Python
+_make_verdict: Final = partial(tuple.__new__, Verdict)  # a NamedTuple's own constructor is a Python function
 
 MESSAGE_KINDS: Final = {
     Kind.MAIL: MessageKind.MAIL,
@@ -60,14 +60,14 @@ MESSAGE_KINDS: Final = {
     Kind.SUCCESS_REPORT: MessageKind.SUCCESS_REPORT,
     Kind.NOTIFICATION: MessageKind.BOUNCE,  # mostly
 }
-"""What telemetry calls them."""
+"""Their names in telemetry."""
 
 
 class Recording:
-    """Records results, as often as it takes: an attempt whose result is not recorded will be made again.
+    """Records results, with retries: an attempt whose result is not recorded will be repeated.
 
     Attributes:
-        is_stopping: a result that cannot be recorded now is not waited for.
+        is_stopping: do not retry a result that cannot be recorded now.
     """
 
     def __init__(self, store: Store, observer: Observer) -> None:
@@ -78,10 +78,10 @@ class Recording:
     async def record(
         self, lease: Lease, recording: Callable[[], Awaitable[None]], *, failed: SpoolError | None = None
     ) -> None:
-        """Have `recording` done until it succeeds, or never will.
+        """Run `recording` until it succeeds, or never can.
 
         Args:
-            failed: it was done once before, and this is what it came to.
+            failed: the error of a first run, if there was one.
         """
         while True:
             if failed is not None:
@@ -107,7 +107,7 @@ class Recording:
         return not self.is_stopping
 
     def _tell_superseded(self, lease: Lease) -> None:
-        """The trace has the attempt, and what it came to: that this is not its end has to stand there, too."""
+        """The trace already has the attempt and its result, so it must also show that this result does not count."""
         if lease.kind is Kind.OUTCOME:
             return
         record = TransactionRecord.resumed(
@@ -119,7 +119,7 @@ class Recording:
         self._observer.spool_acted(record)
 
     async def mark_corrupt(self, lease: Lease) -> None:
-        """Set a message aside whose content is damaged."""
+        """Set aside a message with damaged content."""
         logger.critical("queued content damaged; message set aside", extra=told(lease))
         loop = asyncio.get_running_loop()
         await self.record(lease, lambda: loop.create_task(self._store.mark_corrupt(lease)))
@@ -127,15 +127,15 @@ class Recording:
 
 @dataclass(slots=True)
 class Means:
-    """What all attempts of one runner have in common.
+    """The common means of all attempts of one runner.
 
     Attributes:
-        outcomes: makes the outcomes that the application receives; None: it receives none.
+        outcomes: makes the outcomes for the application; None: it receives none.
         retry_in: gives the wait after an attempt of some number, in seconds.
         wake: called with destinations for which something waits now.
-        judged: called, once for each attempt that was begun, when no upstream has to do with it any more.
-        ended: called, once for each attempt, when its result is recorded.
-        holds: whether a lease is still ours; None: no other process shares the store, and none is lost.
+        judged: called once for each begun attempt, when the upstreams are done with it.
+        ended: called once for each attempt, when its result is recorded.
+        holds: whether a lease is still ours; None: no other process shares the store, so none can be lost.
     """
 
     store: Store
@@ -155,11 +155,11 @@ class Attempt:
     """One attempt at one delivery.
 
     Args:
-        content: the chunks, where they are at hand; the first is the header block.
+        content: the chunks, if in memory; the first is the header block.
         is_new: the lease came with the record that made the message durable.
 
     Attributes:
-        in_line_since: when it began to wait for its upstream, where it did; in seconds of the monotonic clock.
+        in_line_since: when it began to wait for its upstream, if it did; in seconds of the monotonic clock.
     """
 
     __slots__ = (
@@ -172,7 +172,7 @@ class Attempt:
         self.is_new = is_new
         self.in_line_since = 0.0
         self._means = means
-        # Never a part for the whole, whatever became of the chunks since they were stored.
+        # Never deliver a part as the whole, whatever has happened to the chunks since they were stored.
         octets = lease.content.octets
         self._content = content if content is not None and sum(map(len, content)) == octets else None
         self._header = self._content[0] if means.outcomes is not None and self._content else None
@@ -184,24 +184,24 @@ class Attempt:
             kind=MESSAGE_KINDS[kind],
             attempt=lease.attempt,
             is_possible_duplicate=lease.is_possible_duplicate,
-            # A clock that was put back must not make it negative.
+            # A clock set back must not make it negative.
             waited_seconds=max(0.0, time.time() - lease.arrived_at) if kind is _MAIL else None,
         )
         if lease.taken_over is not None:
             record.taken_over = (lease.taken_over.gateway, lease.taken_over.silent_seconds)
         recipients = lease.recipients
-        # Most have one, and a comprehension is a call.
+        # Most have one recipient, and a comprehension is a call.
         record.accepted = [recipients[0][1]] if len(recipients) == 1 else [one.recipient for one in recipients]
         record.octets = octets
         self._transaction: MailTransaction | None = None
         self._answers: Sequence[Reply] = ()
-        self._room: asyncio.Future[None] | None = None  # waited for by the task that reads
+        self._room: asyncio.Future[None] | None = None  # awaited by the reading task
         self._has_content_left = False  # from here on, the upstream may have taken it
         self._is_judged = False
-        self._verdicts: Sequence[Verdict] = ()  # of one that was delivered, until that is recorded
+        self._verdicts: Sequence[Verdict] = ()  # of a delivered message, until that is recorded
         if means.holds is not None:
             record.has_lost_lease = self._has_lost_its_lease
-        self._task: asyncio.Task[None] | None = None  # what of it takes long: to read the content, to record the result
+        self._task: asyncio.Task[None] | None = None  # slow work: reading the content, recording the result
 
     def start(self) -> None:
         """Begin."""
@@ -216,7 +216,7 @@ class Attempt:
             if self.lease.kind is _MAIL:
                 self._transaction = self._means.relay.begin(self._mail, self._record)
             else:
-                # A notice always has a way: routes are for the senders of mail, and it has none.
+                # A notice always has a route: routes select by sender, and it has none.
                 self._transaction = self._means.relay.begin_along(self.lease.destination, self._mail, self._record)
             self._transaction.recipients(self._record.accepted, self._recipients_answered)
         except DeliveryFailed as failure:
@@ -225,7 +225,7 @@ class Attempt:
             self._fail()
 
     def give_back(self) -> None:
-        """Do not begin: it is due at the next claim."""
+        """Do not begin: it becomes due at the next claim."""
         self._is_judged = True
         self._task = asyncio.get_running_loop().create_task(self._give_back())
 
@@ -240,11 +240,11 @@ class Attempt:
 
     @property
     def _may_have_left(self) -> bool:
-        """Whether an upstream may have the content: it was given to be sent, and there was a connection."""
+        """Whether an upstream may have the content: sending was ordered, and there was a connection."""
         return self._has_content_left and self._has_reached_one
 
     async def cut_short(self) -> None:
-        """End it now, and let it be made again; or wait for the record of its result, where it has one."""
+        """End it now, to be repeated later; or wait until its result is recorded, if it has one."""
         if not self._is_judged:
             self._is_judged = True
             self._means.judged(self)
@@ -292,7 +292,7 @@ class Attempt:
             self._fail()
 
     def _go_on(self) -> None:
-        """More is taken: let the task that reads write it."""
+        """More can be taken: let the reading task write it."""
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
@@ -308,7 +308,7 @@ class Attempt:
                 chunk = await self._means.store.read(content, start, octets)
                 if self._has_lost_its_lease():
                     return
-                self._room = loop.create_future()  # before the call: what makes room may do so within it
+                self._room = loop.create_future()  # before the call, which may make room before it returns
                 if chunk and not self._transaction.write(chunk):
                     await self._room
             if not self._has_lost_its_lease():
@@ -322,7 +322,7 @@ class Attempt:
             await self._means.recording.mark_corrupt(self.lease)
             self._means.ended(self)
         except SpoolError as error:
-            # It cannot be read. Nothing was said of the message to anybody.
+            # It cannot be read. No upstream has heard of the message yet.
             logger.error("queued message unreadable", extra={**told(self.lease), "fault": str(error)})
             self._abort()
             self._judge([replies.STORAGE_FAILED] * len(self.lease.recipients))
@@ -338,7 +338,7 @@ class Attempt:
         self._judge([next(own, final) if answer.is_positive else answer for answer in self._answers])
 
     def _has_lost_its_lease(self) -> bool:
-        """Whether the lease may be another gateway's by now: then nothing more leaves, and no final dot."""
+        """Whether another gateway may have the lease by now: then nothing more is sent, and no final dot."""
         holds = self._means.holds
         if holds is None or holds(self.lease):
             return False
@@ -350,7 +350,7 @@ class Attempt:
         return True
 
     async def _give_back(self) -> None:
-        """Let it be made again, by the gateway that has it."""
+        """End it, to be repeated by the gateway that has the lease."""
         try:
             await self._means.recording.record(
                 self.lease,
@@ -397,7 +397,7 @@ class Attempt:
         self._task = asyncio.get_running_loop().create_task(self._settle(verdicts))
 
     def _has_another_sender(self, answers: Sequence[Reply]) -> bool:
-        """Whether a notice was refused for good that may leave in the name of somebody."""
+        """Whether the upstream refused a notice permanently that may be sent again from `notice_sender`."""
         return (
             bool(self._means.notices.sender)
             and not self._mail.reverse_path
@@ -406,7 +406,7 @@ class Attempt:
         )
 
     def _is_about_recipient(self, refusal: Reply) -> bool:
-        """Whether a notice was refused for its recipient, and not for its sender or its content."""
+        """Whether a notice was refused for its recipient, rather than for its sender or content."""
         deliveries = self._record.deliveries
         phases = deliveries[-1].phases if deliveries else ()
         if any(phase is DeliveryPhase.MAIL and reply is not None and reply.is_permanent for _, phase, reply in phases):
@@ -441,7 +441,7 @@ class Attempt:
         self._task = asyncio.get_running_loop().create_task(self._record_again(failed))
 
     async def _record_again(self, failed: SpoolError | None) -> None:
-        """Record that all of it was delivered, which the observers know."""
+        """Record again that all of it was delivered, as observers already know."""
         lease, means = self.lease, self._means
         try:
             await means.recording.record(
@@ -451,7 +451,7 @@ class Attempt:
             means.ended(self)
 
     async def _settle(self, verdicts: Sequence[Verdict]) -> None:
-        """Record what it came to, with the notices that are due for it."""
+        """Record its result, with the notices that are due."""
         lease = self.lease
         try:
             waiting = [verdict for verdict in verdicts if verdict.end is None]
@@ -468,14 +468,14 @@ class Attempt:
                 for verdict in verdicts
             )
             if is_held:
-                # It would leave, were the upstream or our settings otherwise: an operator has to see to it.
+                # It could be sent if the upstream's or our settings were different: an operator must act.
                 verdicts = [Verdict(one.number, None, one.reply) for one in verdicts]
                 logger.error("notice refused for good: held", extra={**told(lease), **_codes(verdicts[0].reply)})
             try:
                 notices = await self._notices_of(verdicts)
             except Exception:
-                # Recipients that have the mail must not get it again for that; refused ones are attempted once more,
-                # and reported then.
+                # Recipients that have the mail must not get it again because of this; refused ones are attempted once
+                # more, and reported then.
                 logger.exception("notice not created", extra=told(lease))
                 verdicts = [
                     one if one.end is End.DELIVERED else Verdict(one.number, None, one.reply) for one in verdicts
@@ -499,7 +499,7 @@ class Attempt:
             )  # fmt: skip
             if self._means.outcomes is not None:
                 self._means.outcomes.stored(outcomes)
-            if notices or any(verdict.end is None for verdict in verdicts):  # also where a notice was not created
+            if notices or any(verdict.end is None for verdict in verdicts):  # even if a notice was not created
                 self._means.wake([destination for notice, _ in notices for destination in notice.deliveries])
         finally:
             self._means.ended(self)
@@ -507,7 +507,7 @@ class Attempt:
     def _fates(
         self, verdicts: Sequence[Verdict], *, has_bounced: bool, is_held: bool
     ) -> Sequence[tuple[Recipient, Fate, Reply | None]]:
-        """What became of those that were not delivered to."""
+        """The fates of recipients that were not delivered to."""
         by_number = {one.number: one for one in self.lease.recipients}
         fates = []
         for verdict in verdicts:
@@ -522,16 +522,16 @@ class Attempt:
         return fates
 
     def _tell(self, fates: Sequence[tuple[Recipient, Fate, Reply | None]]) -> None:
-        """Report the attempt to the observers; a delivery that goes on for the record alone is reported at its end."""
+        """Report the attempt to the observers; a delivery that continues only for the record is reported at its end."""
         self._record.end_in_spool(fates, time.monotonic_ns())
-        # No more of it leaves. Else the two would hold each other, and wait for the garbage collection.
+        # Nothing more of it is sent. This breaks a reference cycle that would wait for garbage collection.
         self._record.has_lost_lease = None
         for delivery in self._record.deliveries:
             if delivery.ended_ns:
                 self._means.observer.delivery_ended(delivery)
 
     async def _notices_of(self, verdicts: Sequence[Verdict]) -> Sequence[Notice]:
-        """The notices that are due for what ended."""
+        """The notices that are due for ended recipients."""
         lease = self.lease
         remote = self._record.deliveries[-1].server.host if self._record.deliveries else None
         by_number = {one.number: one for one in lease.recipients}
@@ -554,7 +554,7 @@ class Attempt:
 def _verdict(number: int, reply: Reply) -> Verdict:
     if reply.is_positive:
         return Verdict(number, End.DELIVERED, reply)
-    # That we have no route for it is our settings' fault, and no reason to send mail back.
+    # A missing route is a fault of our settings, and no reason to bounce mail.
     if reply.is_permanent and reply is not replies.RELAY_DENIED:
         return Verdict(number, End.FAILED, reply)
     return Verdict(number, None, reply)
@@ -571,7 +571,7 @@ def _codes(reply: Reply | None) -> dict[str, object]:
 
 
 def told(lease: Lease) -> dict[str, object]:
-    """What log lines say of a lease."""
+    """The log fields of a lease."""
     traceparent = lease.carrier.get("traceparent")
     named = {"spool_id": lease.message_id, "attempt": lease.attempt, "traceparent": traceparent}
     return {**named, **trace_fields(lease.carrier)}

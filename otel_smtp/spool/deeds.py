@@ -1,7 +1,7 @@
 """What operators did to queued mail, for the log and the mail's trace, with the operator's name.
 
-Where several gateways share a queue, a command changes it in the database and none of them need notice; so a deed has a
-form as text too, in which one of them is asked to report it.
+In a queue shared by several gateways, a command changes the database, which none of them need notice; so a deed can be
+encoded as text, in which form one of them is asked to report it.
 """
 
 import json
@@ -27,11 +27,11 @@ _ACTIONS: Final = {
     "expire": SpoolAction.GIVEN_UP,
     "delete": SpoolAction.REMOVED,
 }
-"""The operator's commands that are shown in the trace of a message; an attempt has a span of its own."""
+"""The operator's commands that appear in a message's trace; an attempt has its own span."""
 
 
 def operator_name(text: str) -> str:
-    """A name as it may be logged: one line, bounded; "unnamed" for an empty one."""
+    """A name fit for the log: one line, bounded; "unnamed" if empty."""
     return "".join(char for char in text if char.isprintable()).strip()[:MOST_NAME_CHARACTERS] or "unnamed"
 
 
@@ -41,8 +41,8 @@ class Deed:
 
     Attributes:
         command: as in `otel-smtp queue`.
-        operator: the name of the operator; "": none did it.
-        recipients: those that it had, and what was said of each last.
+        operator: the operator's name; "": no operator did it.
+        recipients: the message's recipients, each with the last reply about it.
     """
 
     command: str
@@ -56,14 +56,14 @@ class Deed:
 
     @classmethod
     def of(cls, command: str, operator: str, before: MessageView) -> Self:
-        """What was done to a message, as that was before."""
+        """The deed of a command, on the message as it was before."""
         recipients = [(address, last) for address, _, last in before.recipients]
         return cls(
             command, operator, before.id, before.kind, before.attempts, before.reverse_path, before.carrier, recipients
         )
 
     def as_text(self) -> str:
-        """In ASCII characters, for `parse`."""
+        """Encode it in ASCII, for `parse`."""
         return json.dumps(
             [
                 self.command, self.operator, self.message_id, self.kind.value, self.attempts, self.reverse_path,
@@ -73,10 +73,10 @@ class Deed:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """What another process did.
+        """Decode another process's deed.
 
         Raises:
-            ValueError: this is no such text, or is a newer program's.
+            ValueError: the text is not a deed, or comes from a newer program.
         """
         try:
             command, operator, message_id, kind, attempts, reverse_path, carrier, recipients = json.loads(text)
@@ -98,12 +98,12 @@ class Deed:
                 "recipients": len(self.recipients), **trace_fields(self.carrier),
             },
         )  # fmt: skip
-        # An outcome is in no trace: what was done to it is only logged.
+        # An outcome is in no trace: operators' changes to it are only logged.
         if self.kind is not Kind.OUTCOME and (action := _ACTIONS.get(self.command)) is not None:
             observer.spool_acted(self.record(action))
 
     def record(self, action: SpoolAction) -> TransactionRecord:
-        """The record of what befell the message; where it ends, or waits, what was said of each recipient last."""
+        """The record of what happened to the message; if it ended or waits, with each recipient's last reply."""
         record = TransactionRecord.resumed(
             self.message_id,
             self.carrier,
@@ -121,7 +121,7 @@ class Deed:
 
 
 def note_crashes(held: MessageView, observer: Observer) -> None:
-    """Report a message that is held since it was part of too many crashes."""
+    """Report a message held because it was being delivered during too many crashes."""
     record = Deed.of("hold", "", held).record(SpoolAction.HELD)
     record.error_type, record.failure = ErrorType.INTERNAL, "it was part of too many crashes"
     observer.spool_acted(record)

@@ -1,4 +1,4 @@
-"""What the drafts of all stores share: content is held in memory while it is small, and in a file beyond."""
+"""The common part of all stores' drafts: small content is held in memory, larger content in a file."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -8,20 +8,20 @@ from typing import Final
 from otel_smtp.spool.messages import SpoolError
 
 MEMORY_LIMIT_OCTETS: Final = 64 * 1024
-"""Most mail of applications is smaller; to copy a large content when its message moves is dear."""
+"""Most mail of applications is smaller; copying large content when its message moves is expensive."""
 
 WRITE_OCTETS: Final = 256 * 1024
-"""What is written to the file at a time: a trip to a thread costs as much as writing this."""
+"""Octets written to the file at a time: a trip to a thread costs as much as writing this many."""
 
 
 class SpillingDraft(ABC):
-    """A content that is being received; see `store.Draft`.
+    """Content that is being received; see `store.Draft`.
 
-    One that cannot be written goes on taking what comes, and says at `end` what was wrong.
+    After a write error it still takes further content, and raises the error at `end`.
 
     Attributes:
         header_octets: length of the first chunk, the header block.
-        octets: of all that was added.
+        octets: of all content added.
     """
 
     __slots__ = (
@@ -36,25 +36,25 @@ class SpillingDraft(ABC):
         self._has_file = self._has_8bit_in_file = False
         self._fault: SpoolError | None = None
         self._resume: Callable[[], None] | None = None
-        self._running: asyncio.Future[None] | None = None  # what a thread does with the file
+        self._running: asyncio.Future[None] | None = None  # a thread's work on the file
         self.header_octets = 0
         self.octets = 0
 
     @abstractmethod
     def _write(self, data: bytes) -> None:
-        """Write to the file, which the first call makes. In a thread, one call at a time; raises OSError."""
+        """Write to the file, which the first call creates. In a thread, one call at a time; raises OSError."""
 
     @abstractmethod
     def _close(self) -> None:
-        """Close the file, if there is one, and remove it unless it was taken over. Idempotent."""
+        """Close the file, if any, and remove it unless the store has taken it over. Idempotent."""
 
     @abstractmethod
     def _fault_of(self, error: OSError) -> SpoolError:
-        """What it means that the file could not be written."""
+        """The `SpoolError` for a file that could not be written."""
 
     @property
     def in_memory(self) -> Sequence[bytes] | None:
-        """All of it; None where it is in a file, or will be, or would be but for a fault of the disk."""
+        """All chunks; None if they are, will be or were to be in a file."""
         return None if self._has_file else self._held
 
     @property
@@ -68,7 +68,7 @@ class SpillingDraft(ABC):
         if octets == 0:
             self.header_octets = len(chunk)
         octets = self.octets = octets + len(chunk)
-        if octets <= self._memory_limit:  # as most contents are; then there is neither file nor fault
+        if octets <= self._memory_limit:  # like most content, it then has neither file nor fault
             self._held.append(chunk)
             self._held_octets = octets
             return True
@@ -112,11 +112,11 @@ class SpillingDraft(ABC):
             raise self._fault
 
     def discard(self) -> None:
-        """Forget it. Idempotent; what the store has taken over is not touched."""
-        self._held = []  # not cleared: an attempt may have been given it
+        """Discard it. Idempotent; a file that the store has taken over stays."""
+        self._held = []  # not cleared: an attempt may use it
         self._resume = None
         if self._running is not None and not self._running.done():
-            # Were the file closed now, the thread might write into whatever gets its number next.
+            # If the file were closed now, the thread might write into the next file with the same descriptor.
             self._running.add_done_callback(lambda _: self.discard())
             return
         self._close()

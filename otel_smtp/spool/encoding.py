@@ -1,4 +1,4 @@
-"""What every store writes of a message as JSON, in one form."""
+"""The JSON form of a message's parts, the same in all stores."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -10,7 +10,7 @@ _NO_PARAMETERS: Final = Mail("")[1:]
 
 
 def parameters_of(mail: Mail) -> dict[str, object]:
-    """MAIL's parameters, those that were given."""
+    """The given parameters of MAIL."""
     if mail[1:] == _NO_PARAMETERS:
         return {}
     given = {
@@ -26,7 +26,7 @@ def parameters_of(mail: Mail) -> dict[str, object]:
 
 
 def mail_of(reverse_path: str, parameters: Mapping[str, Any] | None) -> Mail:
-    """What `parameters_of` was given."""
+    """The inverse of `parameters_of`."""
     if not parameters:
         return Mail(reverse_path)
     given = dict(parameters)
@@ -35,6 +35,6 @@ def mail_of(reverse_path: str, parameters: Mapping[str, Any] | None) -> Mail:
 
 
 def recipient_of(values: Sequence[Any]) -> SpooledRecipient:
-    """A recipient that has not ended, of number, address, NOTIFY, ORCPT and last reply."""
+    """Make a recipient that has not ended from number, address, NOTIFY, ORCPT and last reply."""
     number, address, notify, orcpt, last_reply = values
     return SpooledRecipient(number, Recipient(address, None if notify is None else Notify(notify), orcpt), last_reply)

@@ -1,6 +1,6 @@
-"""What the session hands mail to in the queue modes: the spool, or the upstream first and the spool where it fails.
+"""The forwarders of the queue modes: the spool alone, or the upstream first and the spool after a failure.
 
-Both say 250 only when the upstream did or the message is durable.
+Both answer 250 only if the upstream did or the message is durable.
 """
 
 import asyncio
@@ -42,15 +42,15 @@ class DeliveryAgent(Protocol):
     """Attempts deliveries."""
 
     def reserve(self, destinations: Sequence[str]) -> bool:
-        """Whether a new message can be attempted at once; if so, room for it is kept."""
+        """Whether a new message can be attempted at once; if so, reserves room for it."""
         ...
 
     def begin(self, destinations: Sequence[str], leases: Sequence[Lease], content: Sequence[bytes] | None) -> None:
-        """Attempt `leases`, in the room that was kept.
+        """Attempt `leases`, in the reserved room.
 
         Args:
-            leases: one for each destination; none, where it came to nothing.
-            content: where it is at hand already; the first chunk is the header block.
+            leases: one for each destination; none to free the room.
+            content: if in memory; the first chunk is the header block.
         """
         ...
 
@@ -60,12 +60,12 @@ class DeliveryAgent(Protocol):
 
 
 class Intake:
-    """The way into the spool: shared by both forwarders.
+    """The way into the spool, shared by both forwarders.
 
     Args:
-        observer: gives the trace context that is stored with a message.
-        max_age_seconds: after which a message is given up.
-        first_wait_seconds: gives the wait after an attempt that was made before the message came here.
+        observer: gives the trace context to store with a message.
+        max_age_seconds: after which a message expires.
+        first_wait_seconds: gives the wait after an attempt made before the message was queued.
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class Intake:
         self.relay = relay
 
     def refusal(self, record: TransactionRecord | None = None) -> Reply | None:
-        """Why nothing can be taken in now.
+        """The refusal of all mail, while the spool accepts none.
 
         Args:
-            record: of the transaction that is refused for it.
+            record: of the refused transaction.
         """
         error = self._store.refusal()
         if error is None:
@@ -114,14 +114,13 @@ class Intake:
         refusals: Mapping[str, Reply] | None = None,
         is_possible_duplicate: bool = False,
     ) -> None:
-        """Make a message durable, and have it attempted at once if there is room.
+        """Make a message durable, and attempt it at once if there is room.
 
         Args:
-            draft: all of it has been written; it is the store's from here on.
+            draft: complete; the store owns it from here on.
             record: given the message's id.
-            answered: called, once, with the id of the message when it is durable; else with the client's reply.
-            refusals: it was attempted a moment ago, and this is what it came to for the recipients of these addresses:
-                it waits first.
+            answered: called once with the message's id when it is durable, or with the reply to the client.
+            refusals: the results of an attempt made a moment ago, by recipient address; the message then waits first.
             is_possible_duplicate: that attempt may have succeeded.
         """
         was_tried = refusals is not None
@@ -141,7 +140,7 @@ class Intake:
         destinations = list(deliveries)
         is_leased = not was_tried and self._attempts.reserve(destinations)
 
-        def submitted(done: "Pending[Sequence[Lease]]") -> None:  # quoted: it would be put together for each message
+        def submitted(done: "Pending[Sequence[Lease]]") -> None:  # quoted: otherwise evaluated for each message
             leases: Sequence[Lease] = ()
             try:
                 leases = done.result()
@@ -154,9 +153,9 @@ class Intake:
                 answer = record.spool_id = message_id
             try:
                 answered(answer)
-            finally:  # a fault on the client's side is none of the message
+            finally:  # a fault on the client's side is no fault of the message
                 if is_leased:
-                    # All clients whose messages became durable with this one are answered first.
+                    # First all clients are answered whose messages became durable with this one.
                     if not self._durable:
                         asyncio.get_running_loop().call_soon(self._begin_attempts)
                     self._durable.append((destinations, leases, content))
@@ -171,7 +170,7 @@ class Intake:
             raise
 
     def _begin_attempts(self) -> None:
-        """Begin with what has become durable; what came to nothing gives its room back."""
+        """Attempt messages that have become durable; failed ones give their room back."""
         durable = self._durable
         try:
             while durable:
@@ -190,15 +189,16 @@ def _refusal_for(error: Exception, message_id: str) -> Reply:
 
 
 def _why(error: Exception) -> str:
-    """Why the spool could not take a message, for operators."""
+    """Why the spool could not accept a message, in words for operators."""
     if isinstance(error, SpoolError):
         return f"spool: {error}"
     return f"internal error: {type(error).__name__}"
 
 
 def reply_to(error: SpoolError) -> Reply:
-    """The reply to a client where the spool fails (RFC 3463 3.4: 4.3.1 is a full mail system, 4.3.2 one that takes no
-    mail for now)."""
+    """The reply to a client if the spool fails (RFC 3463 3.4: 4.3.1 is a full mail system, 4.3.2 one that accepts no
+    mail now).
+    """
     match error:
         case StorageFull():
             return replies.STORAGE_FULL
@@ -209,17 +209,17 @@ def reply_to(error: SpoolError) -> Reply:
 
 
 class SpoolForwarder:
-    """Mode `queue`: everything that can be delivered by anybody is made durable, then answered."""
+    """Mode `queue`: mail that any upstream can deliver is made durable, then answered."""
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
-        self._known: Extensions | None = None  # of the upstream, when it was asked last; and what was offered then
+        self._known: Extensions | None = None  # the upstream's, when last read, and the offer made from them
         self._offered = Extensions()
 
     def capabilities(self) -> Extensions:
-        """What the upstream is known to take: what it would refuse later is better refused now.
+        """The upstream's known extensions: mail that it would refuse later is better refused now.
 
-        DSN it need not take: what it does not report on is reported from here (RFC 3461 5.2.2).
+        It need not offer DSN: the spool then sends the reports itself (RFC 3461 5.2.2).
         """
         known = self._intake.relay.capabilities()
         if known is not self._known:
@@ -253,7 +253,7 @@ class _Queued(MailTransaction):
         self._mail = mail
         self._record = record
         self._deliveries: dict[str, list[Recipient]] = {}
-        self._draft: Draft | None = intake.draft()  # by which the store knows that a message is on its way
+        self._draft: Draft | None = intake.draft()  # tells the store that a message is on its way
         self._resume: Callable[[], None] | None = None
         self._answered: MessageAnswered | None = None
         self.spool_id: str | None = None
@@ -311,7 +311,9 @@ class _Queued(MailTransaction):
 
 
 class _QueuedIf7Bit(_Queued):
-    """A transaction that ends in the spool, except with 8-bit content, which no upstream takes, as its client knows."""
+    """A transaction that ends in the spool, unless the content is 8-bit, which no upstream takes and the client was not
+    offered.
+    """
 
     __slots__ = ()
 
@@ -325,7 +327,7 @@ class _QueuedIf7Bit(_Queued):
 
 
 class DirectThenQueueForwarder:
-    """Mode `direct-then-queue`: the upstream's answer is the client's, but for what fails only for now."""
+    """Mode `direct-then-queue`: the upstream answers the client, but temporary failures are queued."""
 
     def __init__(self, direct: Forwarder, intake: Intake) -> None:
         self._direct = direct
@@ -348,10 +350,10 @@ class DirectThenQueueForwarder:
 
 
 class _DirectThenQueued(MailTransaction):
-    """A transaction with the upstream that may turn to the spool at each step.
+    """A transaction with the upstream that may fall back to the spool at each step.
 
     Args:
-        direct: that with the upstream; or why there is none for now.
+        direct: the upstream's transaction; or the temporary reason why there is none.
     """
 
     __slots__ = (
@@ -367,7 +369,7 @@ class _DirectThenQueued(MailTransaction):
         self._record = record
         self._accepted: list[Recipient] = []  # by the upstream
         self._deferred: list[Recipient] = []
-        self._refusals: dict[str, Reply] = {}  # of the deferred, by address
+        self._refusals: dict[str, Reply] = {}  # replies to the deferred, by address
         self._draft: Draft | None = None
         self._resume: Callable[[], None] | None = None
         self._answered: MessageAnswered | None = None
@@ -408,14 +410,14 @@ class _DirectThenQueued(MailTransaction):
             return
         if self._accepted:
             self._direct.content(self._direct_has_room)
-        else:  # all of it will be the spool's
+        else:  # all of it goes to the spool
             direct, self._direct = self._direct, None
             direct.abort()
 
     def write(self, chunk: bytes) -> bool:
         """See `MailTransaction.write`: the slower of the two sets the pace."""
         assert self._draft is not None
-        # Set before the call: what makes room may do so within it.
+        # Set before the call, which may make room before it returns.
         self._draft_is_full = True
         if self._draft.write(chunk, self._draft_has_room):
             self._draft_is_full = False
@@ -447,10 +449,10 @@ class _DirectThenQueued(MailTransaction):
             self._queue(self._accepted + self._deferred, None)
 
     def _settle(self, verdict: Reply, own: Sequence[Reply]) -> None:
-        """Turn the upstream's verdict into the client's, with what is left made durable.
+        """Make the client's verdict from the upstream's, queueing the remaining recipients.
 
-        Where it has taken the mail for some of its recipients, the others go to the spool, whatever it said of them:
-        the client gets one reply, and the spool reports those that it was not delivered to.
+        If it took the mail for some recipients, the others go to the spool, even permanently refused ones: the client
+        gets one reply, and the spool reports failures.
         """
         verdicts = [*own[: len(self._accepted)], *[verdict] * (len(self._accepted) - len(own))]
         if verdict.is_permanent and not any(one.is_positive for one in verdicts):
@@ -472,7 +474,7 @@ class _DirectThenQueued(MailTransaction):
             if isinstance(answer, str):
                 self.spool_id, answer = answer, replies.OK
             elif verdict is not None and not verdict.is_positive:
-                # Those that the upstream has taken may get it twice: the client keeps the mail, and none loses it.
+                # Recipients that the upstream accepted may get it twice: the client keeps the mail, so none loses it.
                 answer = verdict
             self._answer_message(answer)
 
@@ -494,7 +496,8 @@ class _DirectThenQueued(MailTransaction):
         found: dict[str, list[Recipient]] = {}
         for recipient in recipients:
             destination = self._intake.relay.destination(self._mail, recipient)
-            # What was accepted a moment ago has a destination; should the routes be gone, an attempt will say so.
+            # Recipients accepted a moment ago have a destination; if the routes have changed since, an attempt will
+            # report it.
             found.setdefault(destination if isinstance(destination, str) else "", []).append(recipient)
         return found
 
@@ -508,7 +511,7 @@ class _DirectThenQueued(MailTransaction):
             self._answered(reply, own)
 
     def abort(self) -> None:
-        """See `MailTransaction.abort`: the upstream's part comes to its end for the record, and is not queued."""
+        """See `MailTransaction.abort`: the upstream's part continues for the record only, and is not queued."""
         self._is_over = True
         if self._direct is not None:
             self._direct.abort()

@@ -1,4 +1,4 @@
-"""What the spool holds, as values."""
+"""The spool's values: messages, deliveries, recipients, views of them."""
 
 import random
 import threading
@@ -13,22 +13,22 @@ from typing import Final, NamedTuple
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
 
-_ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: nothing that people confuse
+_ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no characters that people confuse
 _TIME_BITS, _RANDOM_BITS, _DIGITS = 48, 80, 26
 _HALF: Final = (1 << _RANDOM_BITS // 2) - 1
 _PAIRS: Final = tuple(first + second for first in _ALPHABET for second in _ALPHABET)
 
 _last = 0
-_time_written = (-1, "")  # the time of the last id, but for its last second or so, and the digits: many ids share it
+_time_written = (-1, "")  # the last id's time, to about a second, and its digits, which many ids share
 _making = threading.Lock()
 
 
 def new_id() -> str:
-    """A name for a message or a file that was never used before and never will be: 26 characters, sorted by time.
+    """A unique name for a message or a file, never used again: 26 characters, sorted by time.
 
-    Short ids that come again have made operators delete the wrong mail; 80 random bits a millisecond do not. Within one
-    process they only grow, also within a millisecond and while the clock is set back. They are names and no secrets: a
-    generator that asks the kernel each time would cost the spool's thread its turn.
+    Short ids that repeat have made operators delete the wrong mail; 80 random bits per millisecond do not. Within one
+    process they only grow, even within a millisecond or if the clock is set back. They are not secret: a generator that
+    asks the kernel each time would cost the spool's thread its turn.
     """
     global _last, _time_written
     now = time.time_ns() // 1_000_000
@@ -42,7 +42,7 @@ def new_id() -> str:
             digits = [_PAIRS[time_of_it >> place & 1023] for place in (40, 30, 20, 10)]
             _time_written = (time_of_it >> 10, "".join(digits))
         written = _time_written[1]
-    # Written out, and in numbers that fit into a machine's word: this is done for every message.
+    # Unrolled, with numbers that fit a machine word: this runs for every message.
     high, low = number >> 40 & _HALF, number & _HALF
     return (
         written + _PAIRS[time_of_it & 1023]
@@ -52,11 +52,11 @@ def new_id() -> str:
 
 
 class SpoolError(Exception):
-    """The spool cannot do what is asked; the text says why, for operators."""
+    """The spool cannot do what was requested; the text says why, for operators."""
 
 
 class StorageFull(SpoolError):
-    """No room: the mail is refused with 452, and nothing that is queued is touched."""
+    """No room: new mail is refused with 452, and queued mail is not touched."""
 
 
 class StorageBroken(SpoolError):
@@ -64,15 +64,15 @@ class StorageBroken(SpoolError):
 
 
 class StorageAway(SpoolError):
-    """The database cannot be reached or does not take anything now: 451, and it is tried again."""
+    """The database cannot be reached or is read-only now: 451, and retries."""
 
 
 class StorageBusy(StorageAway):
-    """The database takes what it is given, and not as fast as it comes: 451, as long as that is so."""
+    """The database accepts messages, but slower than they come: 451 meanwhile."""
 
 
 class ContentLost(SpoolError):
-    """A content is not there, or not all of it."""
+    """A content is missing or incomplete."""
 
 
 class StaleLease(SpoolError):
@@ -80,65 +80,65 @@ class StaleLease(SpoolError):
 
 
 class NoSuchMessage(SpoolError):
-    """There is no message of that id."""
+    """There is no message with this id."""
 
 
 class DeliveryState(StrEnum):
-    """Where a delivery stands: the messages of one destination within one message."""
+    """The state of a delivery: the recipients of one destination within one message."""
 
     READY = "ready"  # due, now or later
     LEASED = "leased"  # being attempted
-    HELD = "held"  # only an operator lets it go on
+    HELD = "held"  # until an operator releases it
     CORRUPT = "corrupt"  # its content is damaged or gone
 
 
 class End(StrEnum):
-    """How an accepted recipient ended; each ends as exactly one of these."""
+    """The end of an accepted recipient; each has exactly one."""
 
     DELIVERED = "delivered"
-    FAILED = "failed"  # refused for good; bounced where the sender wants to know
+    FAILED = "failed"  # refused permanently; bounced if the sender wants a notice
     EXPIRED = "expired"  # too old; bounced as above
     REMOVED = "removed"  # by an operator
 
 
 class Kind(StrEnum):
-    """Whose message it is."""
+    """The kind of a message: a client's or our own."""
 
     MAIL = "mail"  # a client's
     # Of ours:
     BOUNCE = "bounce"
     DELAY_WARNING = "delay_warning"
     SUCCESS_REPORT = "success_report"
-    NOTIFICATION = "notification"  # any of these, as earlier versions stored them
-    # For the application, by HTTP and not by mail: what became of a recipient.
+    NOTIFICATION = "notification"  # any of these, as stored by earlier versions
+    # For the application, by HTTP and not by mail: a recipient's outcome.
     OUTCOME = "outcome"
 
 
 NOTICES: Final = frozenset(Kind) - {Kind.MAIL, Kind.OUTCOME}
-"""Those that report on a mail. They age also while they are held: a report must not come years later."""
+"""The kinds that report on a mail. They age even while held: a report must not come years later."""
 
 OUTCOME_PREFIX: Final = "notify "
-"""What the destinations of outcomes begin with; no upstream's name has a space."""
+"""The prefix of outcomes' destinations; no upstream's name has a space."""
 
 
 def trace_id_of(carrier: Mapping[str, str]) -> str | None:
-    """The trace id of a stored trace context (W3C Trace Context 3.2); None where there is none."""
+    """The trace id of a stored trace context (W3C Trace Context 3.2), if any."""
     parts = carrier.get("traceparent", "").split("-")
     return parts[1] if len(parts) >= 4 else None
 
 
 class NewMessage(NamedTuple):
-    """A message on its way into the spool. When it arrives is the store's to say: clocks of gateways differ.
+    """A message on its way into the spool. The store sets its time of arrival, as gateways' clocks differ.
 
     Attributes:
         deliveries: its recipients by destination, the name of the upstreams that serve them.
         header_octets: length of the header block at the head of the content.
-        expires_in: after how many seconds it is given up.
+        expires_in: seconds until it expires.
         carrier: the trace context of its transaction.
         is_possible_duplicate: an upstream may have it already.
-        retry_in: how many seconds it waits for its first attempt here; 0: it is due at once.
-        attempts: how many were made at its recipients before it came here.
-        last_replies: what they came to, as text, by the recipient's address.
+        retry_in: seconds until its first attempt here; 0: it is due at once.
+        attempts: how many were made before it was queued.
+        last_replies: their replies, as text, by recipient address.
     """
 
     id: str
@@ -155,10 +155,10 @@ class NewMessage(NamedTuple):
 
 
 class ContentRef(NamedTuple):
-    """A content in a store.
+    """A reference to content in a store.
 
     Attributes:
-        key: where it is, for the store that gave it only.
+        key: its place, for the store that made the reference.
     """
 
     octets: int
@@ -170,7 +170,7 @@ class SpooledRecipient(NamedTuple):
 
     number: int  # within its delivery
     recipient: Recipient
-    last_reply: str = ""  # what the upstream, or we, said last; "" before the first attempt
+    last_reply: str = ""  # the upstream's last reply, or ours; "" before the first attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ class TakenOver:
 
     Attributes:
         gateway: its name in telemetry (`service.instance.id`).
-        silent_seconds: for how long, when it was declared dead.
+        silent_seconds: the time of its silence when it was declared dead.
     """
 
     gateway: str
@@ -187,14 +187,14 @@ class TakenOver:
 
 
 class Lease(NamedTuple):
-    """One delivery, given to one runner for one attempt.
+    """One delivery, leased to one runner for one attempt.
 
     Attributes:
-        delivery, epoch: the store's: a result with an older epoch is refused.
-        attempt: which this is, from 1; it was committed before this lease was given.
+        delivery, epoch: the store's numbers; a result with an older epoch is refused.
+        attempt: the attempt's number, from 1, committed before this lease was given.
         arrived_at, expires_at: seconds since the epoch, by the store's clock.
-        is_possible_duplicate: an attempt before may have been taken by an upstream.
-        taken_over: from which gateway, if the attempt before was another's that died.
+        is_possible_duplicate: an upstream may have taken an earlier attempt.
+        taken_over: the gateway of the previous attempt, if that gateway died.
     """
 
     delivery: int
@@ -216,10 +216,10 @@ class Lease(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MovedDelivery:
-    """A delivery on its way from one store into another; times are as in `MovedMessage`.
+    """A delivery being moved from one store to another; times are as in `MovedMessage`.
 
     Attributes:
-        due_in: negative where it is due already.
+        due_in: negative if it is due already.
     """
 
     number: int
@@ -234,13 +234,13 @@ class MovedDelivery:
 
 @dataclass(frozen=True, slots=True)
 class MovedMessage:
-    """A queued message on its way from one store into another, with all that is known of it. Times are durations in
+    """A queued message being moved from one store to another, with its whole state. Times are durations in
     seconds, since the clocks of two stores differ.
 
     Attributes:
         age: since it arrived.
-        expires_in: negative where it is too old.
-        held_for: since when it does not age; None: it does.
+        expires_in: negative if it has expired.
+        held_for: for how long it has not aged; None: it ages.
         content: the source's.
     """
 
@@ -259,11 +259,11 @@ class MovedMessage:
 
 
 class Verdict(NamedTuple):
-    """What an attempt made of one recipient.
+    """An attempt's result for one recipient.
 
     Attributes:
-        end: None: it is tried again.
-        reply: of the upstream, or ours; None where there was none.
+        end: None: it will be retried.
+        reply: of the upstream, or ours; None without one.
     """
 
     number: int
@@ -273,11 +273,11 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class MessageView:
-    """A queued message as operators see it; times are seconds since the epoch.
+    """A queued message for operators; times are seconds since the epoch.
 
     Attributes:
         recipients: address, state of its delivery, last reply.
-        next_attempt_at: of the delivery that is due first.
+        next_attempt_at: of the delivery due first.
         header_octets: length of the header block at the head of the content.
         gateways: those that attempt it now, where several share the queue. leased_at: since when the first of them
             does; None: none does.
@@ -303,13 +303,13 @@ class MessageView:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A gateway that shares the queue. Its name is that in telemetry (`service.instance.id`).
+    """A gateway that shares the queue. Its name is its `service.instance.id` in telemetry.
 
     Attributes:
         started_at: seconds since the epoch.
-        alive_for: for how many seconds nobody may take its deliveries over; below 0, for how long somebody may have.
+        alive_for: seconds until other gateways may take its deliveries over; negative: seconds since.
         leases: deliveries that it attempts.
-        is_this: it is the one that says so.
+        is_this: it is the reporting gateway itself.
     """
 
     id: str
@@ -323,14 +323,14 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """A gateway that shares the queue no longer.
+    """A gateway that no longer shares the queue.
 
     Attributes:
         id: of its incarnation, as `Peer` has it.
         at: seconds since the epoch.
-        silent_seconds: for how long it had said nothing when it was declared dead; None: it left in order.
-        deliveries: that it had, and that go on elsewhere.
-        found_by: the gateway that declared it dead; "" where it left in order.
+        silent_seconds: the time of its silence when it was declared dead; None: it left in order.
+        deliveries: how many it had, which continue elsewhere.
+        found_by: the gateway that declared it dead; "" if it left in order.
     """
 
     id: str
@@ -346,7 +346,7 @@ class Company:
     """All gateways of a shared queue.
 
     Attributes:
-        departures: those that this process has heard of, the last first.
+        departures: those known to this process, the latest first.
     """
 
     gateways: Sequence[Peer]
@@ -355,15 +355,15 @@ class Company:
 
 @dataclass(frozen=True, slots=True)
 class ShareOfQueue:
-    """How this process stands in a shared queue.
+    """This process's part in a shared queue.
 
     Attributes:
-        is_housekeeper: it counts for all.
-        gateways: how many there are.
-        away_seconds: for how long the database has been silent, beyond what leases allow; 0: it answers.
-        taken_over: deliveries of others that went on, as this process found out.
-        stale: results that came too late.
-        unanswered: messages that were stored though their client was answered 451.
+        is_housekeeper: it does the counting for all.
+        gateways: their number.
+        away_seconds: how long the database has been silent, beyond what leases allow; 0: it answers.
+        taken_over: deliveries of dead gateways that this process let others continue.
+        stale: results discarded as too late.
+        unanswered: messages stored although their client was answered 451.
     """
 
     is_housekeeper: bool
@@ -375,10 +375,10 @@ class ShareOfQueue:
 
 
 class StoreVerb(StrEnum):
-    """An operation of a store, as metrics distinguish it.
+    """An operation of a store, as metrics distinguish them.
 
-    SUBMIT, FINISH: to make messages, and results of attempts, durable; those that come together share a group.
-    CLAIM: what is due. READ: a content. LIMIT: permits and connection slots. OTHER: whatever operators ask, and upkeep.
+    SUBMIT, FINISH: make messages, and results of attempts, durable; concurrent ones share a group. CLAIM: lease due
+    deliveries. READ: read content. LIMIT: permits and connection slots. OTHER: operators' commands, and upkeep.
     """
 
     SUBMIT = "submit"
@@ -390,23 +390,24 @@ class StoreVerb(StrEnum):
 
 
 Timing = tuple[StoreVerb, float, int]
-"""What a store did: the verb, how many seconds that took, and how many messages and results shared it; 0 where that is
-counted for another verb, or for none."""
+"""An operation of a store: the verb, its duration in seconds, and how many messages and results shared it; 0 if these
+are counted for another verb, or for none.
+"""
 Timings = deque[Timing]
 
 MOST_TIMINGS: Final = 8192
-"""Which were not asked for; the oldest go."""
+"""The most timings kept until they are read; the oldest are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The spool at one moment: messages by state, and the age of the oldest.
+    """The spool at one moment: deliveries by state, and the arrival of the oldest message.
 
     Attributes:
         ready: due now. deferred: due later. active: being attempted.
         oldest_arrived_at: seconds since the epoch; None while it is empty.
-        next_due_at: of those that are due later; as above.
-        dead_octets: of the disk, held by messages that have ended.
+        next_due_at: of the deferred ones; as above.
+        dead_octets: disk space of messages that have ended.
     """
 
     ready: int = 0
@@ -419,7 +420,7 @@ class Counts:
     dead_octets: int = 0
 
     def by_state(self) -> Mapping[str, int]:
-        """How many there are of each state, by its name."""
+        """The numbers by the names of the states."""
         return {name: getattr(self, name) for name in ("ready", "deferred", "active", "held", "corrupt")}
 
     @property
@@ -430,10 +431,10 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """The outcomes that wait for one receiver, or are being sent; not what an operator holds.
+    """The outcomes that wait for one receiver, or are being sent, without held ones.
 
     Attributes:
-        oldest_arrived_at: seconds since the epoch; None where none waits.
+        oldest_arrived_at: seconds since the epoch; None if none waits.
     """
 
     pending: int = 0
@@ -441,12 +442,12 @@ class Backlog:
 
 
 def is_for_receiver(destination: str) -> bool:
-    """Whether what has that destination is an outcome for the application, and no mail."""
+    """Whether a destination is that of outcomes for the application, and not of mail."""
     return destination.startswith(OUTCOME_PREFIX)
 
 
 def accepted_name(kind: Kind) -> str:
-    """The name in the tally of recipients that came."""
+    """The tally's name for accepted recipients."""
     match kind:
         case Kind.MAIL:
             return "accepted"
@@ -457,7 +458,7 @@ def accepted_name(kind: Kind) -> str:
 
 
 def end_name(kind: Kind, end: End) -> str:
-    """The name of an end in the tally."""
+    """The tally's name for an end."""
     return _END_NAMES[kind, end]
 
 
@@ -475,5 +476,5 @@ _END_NAMES: Final = {(kind, end): _end_name(kind, end) for kind in Kind for end 
 
 
 def stale(lease: Lease) -> StaleLease:
-    """The error of a result that comes too late."""
+    """The error for a result that comes too late."""
     return StaleLease(f"delivery {lease.delivery} of {lease.message_id} is not ours any more")

@@ -1,8 +1,9 @@
-"""Moves all mail of one gateway's directory, and its outcomes for the application, into the queue that several share.
+"""Moves all mail of one gateway's directory, and its outcomes for the application, into a shared queue.
 
-A message is first made durable there, under the same id and noted as moved, then ended in the directory, then the note
-is removed. A crash in between leaves it in both, and the next run goes on: what is noted as moved is not made again,
-whatever has become of it there meanwhile. For as long as a message may be in both, no gateway opens the directory.
+A message is first made durable there, under the same id and with a note that it was moved, then ended in the directory,
+then the note is removed. A crash in between leaves it in both, and the next run continues: a message noted as moved is
+not stored again, whatever has happened to it there meanwhile. While a message may be in both, no gateway opens the
+directory.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ MESSAGES_AT_ONCE: Final = 100
 
 
 class Source(Protocol):
-    """The store that is emptied; it is open, and nothing is delivered from it."""
+    """The store to empty; it is open, and nothing is delivered from it."""
 
     async def begin_move(self, where: str) -> None:
         """From here on, until `end_move`, no gateway may deliver from it."""
@@ -31,7 +32,7 @@ class Source(Protocol):
         ...
 
     async def whole(self, message_id: str) -> MovedMessage:
-        """A message with all that is known of it."""
+        """A message with its whole state."""
         ...
 
     async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
@@ -43,16 +44,16 @@ class Source(Protocol):
         ...
 
     async def forget(self, message_id: str) -> None:
-        """End a message that the other store has: as if it had never been accepted here."""
+        """Remove a message that the other store has, as if it had never been accepted here."""
         ...
 
 
 class Target(Protocol):
-    """The store that takes the messages in.
+    """The store that receives the messages.
 
     Attributes:
-        name: of it among all that there are.
-        piece_octets: length of the pieces of a content that it takes.
+        name: unique among all stores.
+        piece_octets: length of the pieces in which it takes content.
     """
 
     piece_octets: int
@@ -61,25 +62,25 @@ class Target(Protocol):
     def name(self) -> str: ...
 
     async def take_in(self, message: MovedMessage, content: Sequence[bytes], *, is_intact: bool) -> bool:
-        """Make a message durable; False: it came before, and may have ended here."""
+        """Make a message durable; False: it was moved before, and may have ended here."""
         ...
 
     async def forget_moved(self, ids: Sequence[str]) -> None:
-        """The source does not have these any more."""
+        """Drop the notes of these messages, which the source no longer has."""
         ...
 
     async def tell(self, what: str) -> None:
-        """Have all gateways look for what is due."""
+        """Tell all gateways to look for due messages."""
         ...
 
 
 @dataclass(slots=True)
 class Moved:
-    """What came of it.
+    """The result of a move.
 
     Attributes:
-        messages: that were moved.
-        finished: those that an earlier run had brought there.
+        messages: how many were moved.
+        finished: how many an earlier run had stored there.
         left: ids of those that cannot be moved, and why.
     """
 
@@ -92,7 +93,7 @@ async def move(source: Source, target: Target, moved: Callable[[], None] = lambd
     """Move all messages.
 
     Args:
-        moved: called for each message that has been.
+        moved: called for each moved message.
 
     Raises:
         SpoolError: a store failed; nothing is lost, and the next run goes on from there.
@@ -119,7 +120,7 @@ async def _move(source: Source, target: Target, moved: Callable[[], None], done:
             there.append(shown.id)
             done.messages += is_new
             done.finished += not is_new
-        # All of them, whatever happens to one: what has ended here is reported below, or at the next run.
+        # All of them, whatever happens to one: messages that have ended here are reported below, or at the next run.
         results = await asyncio.gather(*(source.forget(one) for one in there), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):

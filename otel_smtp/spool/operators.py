@@ -1,10 +1,10 @@
-"""What operators do with the spool: asked over a unix socket of the gateway that owns it, or done here while none does.
+"""Operators' commands on the spool: requested over a unix socket of the gateway that owns it, or run here if none does.
 
-One line of JSON asks, lines of JSON answer, one for each message, then a last one that says `done` or `error`. The
-socket lies in the spool's directory, which belongs to the gateway's user alone; a user who can reach it could read
-the mail anyway.
+A request is one line of JSON; the answer is one line of JSON per message, then a last one with `done` or `error`. The
+socket is in the spool's directory, which only the gateway's user can access; a user who can reach it could read the
+mail anyway.
 
-Nothing vanishes without a record: what is removed is logged, and counted with the recipients that it had.
+Nothing vanishes without a record: removed messages are logged, and their recipients counted.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ from otel_smtp.spool.store import Store, Woken
 
 logger: Final = logging.getLogger("otel_smtp.spool.operators")
 
-PAGE: Final = 200  # messages that are read at a time: mail must not wait for a long list
+PAGE: Final = 200  # messages read at a time: mail must not wait for a long list
 PIECE_OCTETS: Final = 48 * 1024  # of content, in a line of an answer
 MOST_FOUND: Final = 1000
 MOST_REQUEST_OCTETS: Final = 4 * 1024 * 1024
@@ -45,7 +45,7 @@ MOST_CONVERSATIONS: Final = 16
 REQUEST_SECONDS: Final = 10.0
 """A command is sent in one go."""
 ANSWER_SECONDS: Final = 60.0
-"""Until a piece of the answer has been read. The work itself may take long."""
+"""Time for a client to read a piece of the answer. The work itself may take long."""
 COMMANDS: Final = (
     "list",
     "find",
@@ -61,7 +61,7 @@ COMMANDS: Final = (
     "rebuild",
 )
 
-# What became of recipients that were ever accepted, as `counts` shows it: zeros too.
+# The ends of all recipients ever accepted, as `counts` shows them, including zeros.
 TALLIED: Final = ("accepted", *(end.value for end in End))
 
 Answer = Mapping[str, Any]
@@ -69,12 +69,12 @@ Answer = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which messages an operator means; one has to fit all that is given.
+    """The messages that an operator means: those that match every given condition.
 
     Attributes:
-        domain: of a recipient, in any case.
+        domain: of a recipient; case does not matter.
         sender: the envelope's sender, "@domain", or "<>" for the null path.
-        reason: part of the last reply to a recipient, in any case.
+        reason: part of the last reply to a recipient; case does not matter.
         came_before: seconds since the epoch.
     """
 
@@ -101,7 +101,7 @@ class Filter:
         return cls(domain and domain.removeprefix("@"), "" if sender == "<>" else sender, reason, came_before)
 
     def fits(self, shown: MessageView) -> bool:
-        """Whether a message is meant."""
+        """Whether a message matches."""
         if self.came_before is not None and shown.arrived_at > self.came_before:
             return False
         if self.sender is not None:
@@ -118,9 +118,9 @@ class Operations:
     """The operators' commands.
 
     Args:
-        runner: works on the queue, and reports what operators do; None: there is none here, and only the log of this
-            process reports it.
-        max_age_seconds: what `reset` gives a message again.
+        runner: works on the queue, and reports operators' changes; None: there is none here, and only this process's
+            log reports them.
+        max_age_seconds: the new lifetime of a message after `reset`.
 
     Attributes:
         outcomes_changed: called when an operator has changed some.
@@ -133,16 +133,16 @@ class Operations:
         self.outcomes_changed: Callable[[], None] = lambda: None
 
     async def run(self, request: Answer) -> AsyncIterator[Answer]:
-        """Do one command.
+        """Run one command.
 
         Args:
-            request: `command`; `ids`, or `all`; for `find`, what is known: `trace_id`, `sender`, `recipient`. For
-                `list`, and for what changes messages with `all`, which of them (see `Filter`): `domain`, `sender`,
-                `reason`, `older_than_seconds`; `outcomes`: those that wait for their receivers, in place of mail. With
-                what changes messages, `operator`: the name of the operator.
+            request: `command`; `ids`, or `all`; for `find`, the known facts: `trace_id`, `sender`, `recipient`. For
+                `list`, and for changes with `all`, a filter (see `Filter`): `domain`, `sender`, `reason`,
+                `older_than_seconds`; `outcomes`: outcomes for receivers instead of mail. For changes, `operator`: the
+                operator's name.
 
         Raises:
-            SpoolError: it is not understood, or the spool is broken.
+            SpoolError: it is not understood, or the spool failed.
         """
         match request.get("command"):
             case "counts":
@@ -214,7 +214,7 @@ class Operations:
 
     async def _export(self, request: Answer) -> AsyncIterator[Answer]:
         is_all = bool(request.get("all"))
-        # The ids first, as below.
+        # Collect the ids first, as below.
         ids = [shown.id async for shown in self._all(outcomes=False)] if is_all else _ids(request)
         for message_id in ids:
             try:
@@ -223,8 +223,8 @@ class Operations:
                 for start in range(0, shown.content.octets, PIECE_OCTETS):
                     piece = await self._store.read(shown.content, start, PIECE_OCTETS)
                     yield {"queue_id": message_id, "content": base64.b64encode(piece).decode("ascii")}
-            except (NoSuchMessage, ContentLost) as error:  # which says nothing of those that follow
-                if await self._is_there(message_id) or not is_all:  # else it has ended meanwhile
+            except (NoSuchMessage, ContentLost) as error:  # which says nothing about the following ones
+                if await self._is_there(message_id) or not is_all:  # otherwise it has ended meanwhile
                     yield {"queue_id": message_id, "error": str(error)}
 
     async def _is_there(self, message_id: str) -> bool:
@@ -238,7 +238,7 @@ class Operations:
         operator = operator_name(str(request.get("operator") or ""))
         is_all = bool(request.get("all"))
         if is_all:
-            # The ids first: a message that comes meanwhile was not meant.
+            # Collect the ids first: a message that arrives meanwhile was not meant.
             wanted = Filter.of(request)
             everything = self._all(outcomes=bool(request.get("outcomes")))
             ids = [shown.id async for shown in everything if _concerns(command, shown) and wanted.fits(shown)]
@@ -281,7 +281,7 @@ class Operations:
 
 
 def _concerns(command: str, shown: MessageView) -> bool:
-    """Whether `command` for all messages means this one."""
+    """Whether `command` with `all` applies to this message."""
     if command == "release":
         return shown.state in (DeliveryState.HELD, DeliveryState.CORRUPT)
     return command == "delete" or shown.state is not DeliveryState.CORRUPT
@@ -302,7 +302,7 @@ def _known(request: Answer) -> Sequence[str | None]:
 
 
 def as_answer(shown: MessageView) -> Answer:
-    """A message as operators' tools read it; the names are those of Postfix's `postqueue -j` where it has them."""
+    """A message for operators' tools; names follow Postfix's `postqueue -j` where it has them."""
     return {
         "queue_name": _queue_name(shown),
         "queue_id": shown.id,
@@ -341,7 +341,7 @@ def _queue_name(shown: MessageView) -> str:
 
 
 class ControlSocket:
-    """Hears operators' commands for as long as the gateway runs."""
+    """Listens for operators' commands while the gateway runs."""
 
     def __init__(self, path: Path, operations: Operations) -> None:
         self._path = path
@@ -359,7 +359,7 @@ class ControlSocket:
             if not stat.S_ISSOCK(self._path.lstat().st_mode):
                 logger.error("queue commands unavailable: not a socket", extra={"path": str(self._path)})
                 return
-            self._path.unlink()  # we own the directory: it is of one that died
+            self._path.unlink()  # we own the directory, so its process has died
         except FileNotFoundError:
             pass
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -420,10 +420,10 @@ class ControlSocket:
 async def ask(
     socket_path: Path, request: Answer, *, max_age_seconds: float, here: Callable[[], Store]
 ) -> AsyncIterator[Answer]:
-    """Have a command done by the gateway that listens at `socket_path`, or, where none runs, here.
+    """Let the gateway that listens at `socket_path` run a command, or run it here if there is none.
 
     Args:
-        here: gives the store, not opened yet.
+        here: makes the store, not opened yet.
 
     Raises:
         SpoolError: what went wrong.
@@ -431,7 +431,7 @@ async def ask(
     try:
         with _reachable(socket_path) as address:
             reader, writer = await asyncio.open_unix_connection(address, limit=MOST_REQUEST_OCTETS)
-    except (FileNotFoundError, ConnectionRefusedError):  # the latter also where there is no socket
+    except (FileNotFoundError, ConnectionRefusedError):  # the latter also if there is no socket
         async for answer in _do_here(here(), request, max_age_seconds=max_age_seconds):
             yield answer
         return
@@ -466,7 +466,7 @@ async def _do_here(store: Store, request: Answer, *, max_age_seconds: float) -> 
 
 @contextlib.contextmanager
 def _reachable(path: Path) -> Iterator[str]:
-    """The socket's name as the kernel takes it: at most 107 octets, however deep the directory lies."""
+    """A name of the socket that the kernel accepts: at most 107 octets, however deep the directory is."""
     if len(os.fsencode(path)) <= 107:
         yield str(path)
         return

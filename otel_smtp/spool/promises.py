@@ -1,4 +1,4 @@
-"""What a verb of the store comes to, for the verbs that every message needs."""
+"""The results of store verbs that every message needs."""
 
 import asyncio
 from collections.abc import Callable, Generator
@@ -8,9 +8,9 @@ T = TypeVar("T")
 
 
 class Promise(Generic[T]):
-    """A future whose callbacks are called by the call that answers it: a turn of the event loop sooner, and for less.
+    """A future whose callbacks run within the call that answers it: a turn of the event loop sooner, and cheaper.
 
-    A task that awaits it goes on later, as with any other; to give up waiting changes nothing about it.
+    A task that awaits it continues later, as with any other; cancelling the wait does not affect it.
     """
 
     __slots__ = ("_callbacks", "_error", "_is_done", "_result")
@@ -22,7 +22,7 @@ class Promise(Generic[T]):
         self._result: T | None = None
 
     def add_done_callback(self, callback: Callable[["Promise[T]"], object]) -> None:
-        """Call `callback` with this when there is an answer; where there is one, in the next turn of the loop."""
+        """Call `callback` with this when there is an answer; if there is one already, in the next turn of the loop."""
         if self._is_done:
             asyncio.get_running_loop().call_soon(callback, self)
         else:
@@ -47,7 +47,7 @@ class Promise(Generic[T]):
         return self._is_done
 
     def result(self) -> T:
-        """The answer, where there is one; raises the error where that is it."""
+        """The answer; raises the error if that is the answer."""
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]  # T may be None

@@ -1,13 +1,13 @@
-"""Empties the spool: attempts what is due, as fast as the upstreams bear.
+"""The runner empties the spool: it attempts due deliveries, as fast as the upstreams take them.
 
-An attempt is counted, durably, before its connection is made; so a message that crashes the process is found out, and
-an attempt that a crash cut short is known as one that may have succeeded. How many attempts run at once is the
-upstream's own window (it grows with successes and shrinks with failures to connect); while all upstreams of a
-destination are in backoff, nothing that is meant for it is touched.
+An attempt is counted durably before its connection is made; so a message that crashes the process is detected, and an
+attempt cut short by a crash is known to have possibly succeeded. The upstream's own window limits concurrent attempts
+(it grows with successes and shrinks with failures to connect); while all upstreams of a destination are in backoff, its
+mail is not touched.
 
-A new message is given to an attempt by the record that makes it durable: what has to be claimed costs one more, and is
-looked for and read. While its record is written, and that of its result, no upstream has to do with it; so more are
-given out than the window is wide, and those that are durable wait in line, in turns with those that were claimed.
+The record that makes a new message durable also leases it for an attempt: a claim would cost one more record, a search
+and a read. While that record, or that of its result, is written, it needs no upstream; so more messages are leased than
+the window is wide, and durable ones wait in line, taking turns with claimed ones.
 """
 
 import asyncio
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("otel_smtp.spool.runner")
 
-MOST_AT_ONCE: Final = 100  # claimed deliveries under way, whatever the upstreams bear
-MOST_NEW: Final = 200  # and new ones: of fifty clients, as many become durable, are attempted, and recorded
-NEW_WINDOWS: Final = 8  # of one destination, so many times what its upstream bears
-LINE_SECONDS: Final = 1.0  # in line; then operators may hold it, and another gateway deliver it
-SLOW_SECONDS: Final = 30.0  # and so long nothing waits in line for that destination
-LOOK_SECONDS: Final = 60.0  # how often the age of mail is looked at
-BLOCKED_POLL_SECONDS: Final = 0.5  # how often an upstream in backoff is looked at while mail waits for it
+MOST_AT_ONCE: Final = 100  # claimed deliveries under way, however many the upstreams take
+MOST_NEW: Final = 200  # and new ones: with fifty clients, as many become durable, are attempted, and are recorded
+NEW_WINDOWS: Final = 8  # of one destination, this multiple of what its upstream takes
+LINE_SECONDS: Final = 1.0  # the longest wait in line; then operators may hold it, and another gateway deliver it
+SLOW_SECONDS: Final = 30.0  # after that, how long nothing waits in line for this destination
+LOOK_SECONDS: Final = 60.0  # how often the age of mail is checked
+BLOCKED_POLL_SECONDS: Final = 0.5  # how often an upstream in backoff is checked while mail waits for it
 COUNT_SECONDS: Final = 2.0
 CONNECTION_GRACE_SECONDS: Final = 1.0  # at the end, for attempts that have no connection yet
 SHOWN_MOST: Final = 50
@@ -48,7 +48,7 @@ AGAIN_SECONDS: Final = 1.0
 
 
 class _Line:
-    """Attempts at one destination that wait for an upstream."""
+    """Attempts for one destination that wait for an upstream."""
 
     __slots__ = ("claimed", "new", "was_new")
 
@@ -61,12 +61,12 @@ class _Line:
         return bool(self.new or self.claimed)
 
     def next(self) -> Attempt:
-        """Take the next one out: a new one and a claimed one in turns."""
+        """Take out the next one: new and claimed ones take turns."""
         self.was_new = bool(self.new) and not (self.was_new and self.claimed)
         return (self.new if self.was_new else self.claimed).popleft()
 
     def take_late(self, before: float) -> Sequence[Attempt]:
-        """Take those out that came before some moment of the monotonic clock."""
+        """Take out those that came before a moment of the monotonic clock."""
         late = []
         for some in (self.new, self.claimed):
             while some and some[0].in_line_since < before:
@@ -82,7 +82,8 @@ class Runner:
         chance: a number from 0 to 1, for jitter.
 
     Attributes:
-        counts, oldest, company: the spool a few seconds ago, its oldest messages, and who shares it, for people.
+        counts, oldest, company: the spool a few seconds ago, its oldest messages, and the gateways that share it, for
+            people.
     """
 
     def __init__(
@@ -113,12 +114,13 @@ class Runner:
             store, notices, self._recording, observer, warn_after_seconds=schedule.warn_after_seconds, wake=self.wake
         )
         self._destinations: set[str] = set()
-        # By destination, with what is in line and what is not recorded yet: new ones, durable or not; and claimed ones.
+        # By destination, including those in line and those not recorded yet: new ones, durable or not; and claimed
+        # ones.
         self._new: Counter[str] = Counter()
         self._claimed: Counter[str] = Counter()
         self._all_new = self._all_claimed = 0
-        self._attempting: Counter[str] = Counter()  # those that an upstream has to do with
-        self._windows: dict[str, int] = {}  # what upstreams bore when room was looked for
+        self._attempting: Counter[str] = Counter()  # those at work with an upstream
+        self._windows: dict[str, int] = {}  # the upstreams' windows at the last look for room
         self._lines: dict[str, _Line] = {}  # those that wait for that
         self._line_timer: asyncio.TimerHandle | None = None
         self._slow_until: dict[str, float] = {}
@@ -139,13 +141,13 @@ class Runner:
         self.company: Company | None = None
 
     def tell_of(self, outcomes: "Outcomes") -> None:
-        """Store with each end, from now on, its outcome for the application."""
+        """From now on, store with each end its outcome for the application."""
         self._means.outcomes = self._aging.outcomes = outcomes
 
     # Life -------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Begin with what is in the spool.
+        """Begin to work on the spool.
 
         Raises:
             SpoolError: it cannot be read.
@@ -156,10 +158,10 @@ class Runner:
         self._loop_task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self, *, grace_seconds: float) -> None:
-        """Begin nothing any more, and let what is under way come to its end within the grace. Idempotent."""
+        """Begin nothing more, and let attempts under way end within the grace period. Idempotent."""
         self._is_stopping = self._recording.is_stopping = True
         if self._loop_task is not None:
-            # What is being claimed, or ended for its age, comes to its end: else nobody would know what was leased.
+            # A claim, or an expiry, under way must end: otherwise its leases would be unknown.
             self._wake.set()
             await asyncio.wait({self._loop_task}, timeout=min(grace_seconds, CONNECTION_GRACE_SECONDS))
             self._loop_task.cancel()
@@ -171,14 +173,15 @@ class Runner:
             self._give_line_back(destination)
         ends = asyncio.get_running_loop().time() + grace_seconds
         await self._idle_until(min(ends, ends - grace_seconds + CONNECTION_GRACE_SECONDS))
-        # Those that wait for a connection, or for a provider's rate, might take all of the grace. Nothing was said yet.
+        # Attempts that wait for a connection, or for a provider's rate, might take all of the grace period. Nothing has
+        # been sent yet.
         await asyncio.gather(*(attempt.cut_short() for attempt in list(self._attempts) if attempt.has_said_nothing))
         await self._idle_until(ends)
         self._has_stopped = True
         await asyncio.gather(*(attempt.cut_short() for attempt in list(self._attempts)))
 
     async def _idle_until(self, ends: float) -> None:
-        """Wait for the end of all attempts, and of what is becoming durable for one, but no longer than until then."""
+        """Wait, at most until then, for the end of all attempts, including those whose message is becoming durable."""
         if not self._is_idle:
             self._has_become_idle = asyncio.Event()
             with contextlib.suppress(TimeoutError):
@@ -193,7 +196,7 @@ class Runner:
         if self._has_become_idle is not None and self._is_idle:
             self._has_become_idle.set()
 
-    # What the forwarders ask for --------------------------------------------------------------------------
+    # For the forwarders --------------------------------------------------------------------------
 
     def reserve(self, destinations: Sequence[str]) -> bool:
         """See `DeliveryAgent.reserve`."""
@@ -216,8 +219,9 @@ class Runner:
         return self._all_new < MOST_NEW and self._new[destination] < windows * window
 
     def _is_free(self, destination: str, window: int) -> bool:
-        """Whether one may begin where the window is of one at most: for a rate that lets the next one go in an hour, or
-        after a backoff. Nobody waits in line there: it might be for long."""
+        """Whether one may begin with a window of at most one: with a rate limit that may last an hour, or after a
+        backoff. None waits in line then: it might take long.
+        """
         return self._new[destination] + self._claimed[destination] < window
 
     def _windows_of_slow(self, destination: str) -> int:
@@ -255,7 +259,7 @@ class Runner:
             logger.warning("operator action not understood", exc_info=True)
 
     def note_crashes(self, message_ids: Sequence[str]) -> None:
-        """Messages are held since they were part of too many crashes: likewise."""
+        """The same for messages held because they were being delivered during too many crashes."""
         noting = asyncio.get_running_loop().create_task(self._note_crashes(message_ids))
         self._noting.add(noting)
         noting.add_done_callback(self._noting.discard)
@@ -269,7 +273,7 @@ class Runner:
                 logger.critical("message held: being delivered during repeated crashes", extra=extra)
 
     def look_soon(self) -> None:
-        """An operator gave messages up: end them now."""
+        """An operator expired messages: end them now."""
         self._look_is_due = True
         self._wake.set()
 
@@ -308,11 +312,11 @@ class Runner:
             pass
 
     async def _begin_what_is_due(self) -> float:
-        """Begin as many attempts as there is room for; how long until there may be more, in seconds."""
+        """Begin as many attempts as there is room for; returns seconds until there may be more."""
         rooms = {destination: self._room(destination) for destination in self._destinations}
         wanted = {destination: room for destination, room in rooms.items() if room > 0}
         if not wanted:
-            # Room comes with the end of an attempt, which wakes us, or with that of an upstream's backoff.
+            # The end of an attempt, which wakes us, makes room, or the end of an upstream's backoff.
             return BLOCKED_POLL_SECONDS
         claimed, due_in = await self._store.claim(wanted)
         found = Counter(lease.destination for lease, _ in claimed)
@@ -334,12 +338,12 @@ class Runner:
         if self._store.look_again_seconds is not None:
             waits.append(self._store.look_again_seconds)
         if due_in is not None:
-            # What is due and was not leased is too old, and the business of the next look.
+            # Due deliveries that were not leased are too old; the next look expires them.
             waits.append(due_in if due_in > 0 else BLOCKED_POLL_SECONDS)
         return min(waits)
 
     def _room(self, destination: str) -> int:
-        """How many may be claimed. New ones never take more than half of it."""
+        """How many may be claimed, by destination. New ones never take more than half of the room."""
         window = self._windows[destination] = self._relay.concurrency(destination)
         if window <= 1:
             return int(self._is_free(destination, window) and self._all_claimed < self._most_at_once)
@@ -364,17 +368,17 @@ class Runner:
             attempt.start()
 
     def _give_back(self, lease: Lease, *, is_new: bool) -> None:
-        """Nothing is begun any more, and of this nothing was sent."""
+        """The runner stops, and nothing of this has been sent."""
         attempt = Attempt(lease, None, self._means, is_new=is_new)
         self._attempts.add(attempt)
         attempt.give_back()
 
     def _judged(self, attempt: Attempt) -> None:
-        """An attempt has no use for an upstream any more: the first in line may have one."""
+        """An attempt is done with its upstream: the first in line may have it."""
         destination = attempt.lease.destination
         self._attempting[destination] -= 1
         if destination in self._lines:
-            # Not at once: its connection is about to be released.
+            # Not at once: its connection is only about to be released.
             asyncio.get_running_loop().call_soon(self._serve_line, destination)
 
     def _serve_line(self, destination: str) -> None:
@@ -396,12 +400,12 @@ class Runner:
             line.next().give_back()
 
     def _look_at_lines(self) -> None:
-        """No attempt waits here for long."""
+        """Let no attempt wait in line for long."""
         self._line_timer = None
         now = time.monotonic()
         for destination, line in list(self._lines.items()):
             late = line.take_late(now - LINE_SECONDS)
-            if late:  # more would only be given back as well
+            if late:  # others would only be given back as well
                 self._slow_until[destination] = now + SLOW_SECONDS
             if not line:
                 del self._lines[destination]
@@ -423,10 +427,10 @@ class Runner:
         if self._has_become_idle is not None:
             self._tell_if_idle()
         if destination in self._has_backlog and self._room(destination) > self._relay.concurrency(destination) // 4:
-            self._wake.set()  # a few at a time: each look into the store costs as much as some deliveries
+            self._wake.set()  # a few at a time: each query of the store costs as much as some deliveries
 
     async def _count(self) -> float:
-        """Look at the spool as a whole, now and then; when to do so next, in seconds."""
+        """Look at the spool as a whole, now and then; returns seconds until the next time."""
         since = time.monotonic() - self._counted_at
         if since < COUNT_SECONDS:
             return COUNT_SECONDS - since if self._has_changed else self._look_seconds
@@ -434,12 +438,12 @@ class Runner:
         return self._look_seconds
 
     async def look(self) -> None:
-        """Look at the spool as a whole: what `counts`, `oldest` and `company` show from now on.
+        """Look at the spool as a whole: update `counts`, `oldest` and `company`.
 
         Raises:
             SpoolError: it cannot be read.
         """
-        # Others change what is shared, and bring mail for destinations that this process does not know.
+        # Others change a shared queue, and bring mail for destinations unknown to this process.
         is_shared = self._store.look_again_seconds is not None
         self._counted_at, self._has_changed = time.monotonic(), is_shared
         if is_shared:

@@ -1,4 +1,4 @@
-"""When a message is attempted again, when its sender is warned of a delay, and when it is given up."""
+"""When to retry a message, when to warn its sender of a delay, and when it expires."""
 
 import math
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ _MINUTE: Final = 60.0
 _HOUR: Final = 60 * _MINUTE
 _DAY: Final = 24 * _HOUR
 
-# RFC 5321 4.5.4.1 asks for 30 minutes between attempts across the Internet; the smarthost is our own, so the first ones
-# follow faster, and whether it can be asked at all is the breaker's business.
+# RFC 5321 4.5.4.1 asks for 30 minutes between attempts across the Internet; the smarthost is our own, so the first
+# retries come sooner, and the breaker decides whether it can be asked at all.
 DEFAULT_WAITS_SECONDS: Final = (
     30.0, _MINUTE, 2 * _MINUTE, 5 * _MINUTE, 10 * _MINUTE, 20 * _MINUTE, 40 * _MINUTE, _HOUR,
 )  # fmt: skip
@@ -21,13 +21,13 @@ class Schedule:
 
     Attributes:
         waits_seconds: after the first attempt, the second, and so on; the last one repeats.
-        jitter: share by which each wait is made longer or shorter, so that what was deferred at one time does not come
-            back at one time.
-        max_age_seconds: since arrival; RFC 5321 wants at least four to five days.
+        jitter: the fraction by which each wait is lengthened or shortened, so that mail deferred together is not
+            retried together.
+        max_age_seconds: since arrival; RFC 5321 demands at least four to five days.
         warn_after_seconds: since arrival, once; None: never.
 
     Raises:
-        ValueError: there are no waits, or a number makes no sense.
+        ValueError: there are no waits, or a number is out of range.
     """
 
     waits_seconds: tuple[float, ...] = DEFAULT_WAITS_SECONDS
@@ -46,10 +46,10 @@ class Schedule:
             raise ValueError(f"a warning comes after some seconds, not {self.warn_after_seconds}")
 
     def next_delay(self, attempts: int, chance: float) -> float:
-        """How long to wait after `attempts` attempts, from 1, in seconds.
+        """The wait after attempt number `attempts`, from 1, in seconds.
 
         Args:
-            chance: from 0 to 1, evenly distributed: where in the range of the jitter the wait lies.
+            chance: evenly distributed from 0 to 1: the position within the range of the jitter.
         """
         wait = self.waits_seconds[min(max(attempts, 1), len(self.waits_seconds)) - 1]
         return wait * (1 + self.jitter * (2 * chance - 1))

@@ -1,4 +1,4 @@
-"""The spool as one thing: what the gateway builds, starts and stops."""
+"""The spool as a whole, as the gateway builds, starts and stops it."""
 
 import logging
 import random
@@ -27,12 +27,12 @@ logger: Final = logging.getLogger("otel_smtp.spool.service")
 
 @dataclass(frozen=True, slots=True)
 class SpoolSettings:
-    """What a spool is to be.
+    """The settings of a spool.
 
     Attributes:
-        control_path: where operators' commands are heard; None: they go to the store themselves.
-        hostname: ours, for notices.
-        notice_sender: their reverse-path for upstreams that refuse the null one; "": there is none.
+        control_path: the socket for operators' commands; None: commands use the store directly.
+        hostname: our own, for notices.
+        notice_sender: their reverse-path for upstreams that refuse the null one, or "".
     """
 
     control_path: Path | None
@@ -43,17 +43,17 @@ class SpoolSettings:
 
 
 class Spool:
-    """One spool with everything that belongs to it.
+    """One spool with all its parts.
 
     Args:
         store: not opened yet.
-        relay: delivers what is due, with a verdict for each recipient, and notifies `observer` of each attempt.
-        direct: where it is asked first, and the spool only takes what it cannot deliver now.
-        observer: gives the trace context that is stored with a message.
+        relay: delivers mail, with a verdict for each recipient, and notifies `observer` of each attempt.
+        direct: asked first, if given, so that the spool takes only mail that it cannot deliver now.
+        observer: gives the trace context to store with a message.
 
     Attributes:
         store, runner: for inspection.
-        operations: what operators may do.
+        operations: the operators' commands.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class Spool:
             self._control = ControlSocket(settings.control_path, self.operations)
 
     async def start(self, opened: Callable[[], None] | None = None) -> None:
-        """Open the store, and begin with what is in it.
+        """Open the store, and begin to deliver.
 
         Args:
-            opened: called when the store is ours, before the first attempt.
+            opened: called once the store is ours, before the first attempt.
 
         Raises:
             SpoolError: it cannot be used.
@@ -124,10 +124,10 @@ class Spool:
             self._telling.start()
 
     async def stop(self, *, grace_seconds: float, before_leaving: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Begin no attempt any more, let those under way end within the grace, and give the store up.
+        """Begin no more attempts, let those under way end within the grace period, and close the store.
 
         Args:
-            before_leaving: done when no attempt is under way, and the store is still ours.
+            before_leaving: called when no attempt is under way, and the store is still ours.
         """
         if self._control is not None:
             await self._control.stop()
@@ -140,7 +140,7 @@ class Spool:
         await self.store.close()
 
     def tell(self, receivers: "Sequence[ReceiverSettings]") -> None:
-        """Report each recipient's outcome to these receivers, from now on. Without any, nothing is imported."""
+        """From now on, report each recipient's outcome to these receivers. Without any, nothing is imported."""
         if self._telling is None:
             if not receivers:
                 return
@@ -155,17 +155,17 @@ class Spool:
         self._telling.receivers.replace(receivers)
 
     def receivers(self) -> "Sequence[tuple[str, OutcomeFigures, int, float | None]]":
-        """The receivers of outcomes: name, figures, how many wait, and since when, in seconds since the epoch."""
+        """The receivers of outcomes: name, figures, number waiting, and the oldest's time in Unix seconds."""
         return () if self._telling is None else self._telling.receivers.figures()
 
     def problem(self) -> str | None:
-        """Why no mail can be taken now, or an operator has to look, for probes."""
+        """Why no mail is accepted now, or an operator must act, for health checks."""
         refusal = self.store.refusal()
         return str(refusal) if refusal is not None else self.store.alarm()
 
     @property
     def counts(self) -> Counts:
-        """How much there is of what, a few seconds old."""
+        """The counts, a few seconds old."""
         return self.runner.counts
 
     @property
@@ -175,7 +175,7 @@ class Spool:
 
     @property
     def company(self) -> Company | None:
-        """The gateways that share the queue, a few seconds ago; None: it is this one's own."""
+        """The gateways that share the queue, a few seconds ago; None: it is not shared."""
         return self.runner.company
 
 

@@ -1,7 +1,7 @@
-"""What forwarders, runner, notices and operators need of a store: one interface, each verb one transaction.
+"""The interface of stores, for forwarders, runner, notices and operators: each verb is one transaction.
 
-A store may be a directory of this machine, or a database that gateways share. So nothing in it names a file, a
-connection or an instant of the caller's clock: times that go in are durations, and the store adds its own now.
+A store may be a directory of this machine, or a database that gateways share. So no verb names a file, a connection or
+an instant of the caller's clock: times passed in are durations, and the store adds its own time.
 """
 
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -24,14 +24,14 @@ from otel_smtp.spool.messages import (
 )
 
 Notice = tuple[NewMessage, bytes]
-"""A message of our own that reports on others, with its content; the first octets are its header block."""
+"""A message of our own that reports on another, with its content, which begins with the header block."""
 
 
 T_co = TypeVar("T_co", covariant=True)
 
 
 class Pending(Protocol[T_co]):
-    """An answer that is to come, as far as its callers need it; an `asyncio.Future` is one."""
+    """A future answer, as far as callers need it; an `asyncio.Future` is one."""
 
     def add_done_callback(self, callback: Callable[[Any], object], /) -> None:
         """Call `callback` with this on the event loop when there is an answer."""
@@ -42,7 +42,7 @@ class Pending(Protocol[T_co]):
         ...
 
     def result(self) -> T_co:
-        """The answer, where there is one; raises the error where that is it."""
+        """The answer; raises the error if that is the answer."""
         ...
 
     def __await__(self) -> Generator[Any, Any, T_co]: ...
@@ -50,15 +50,15 @@ class Pending(Protocol[T_co]):
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What was found when a store was opened.
+    """The findings of opening a store.
 
     Attributes:
         messages: that are queued.
-        interrupted: deliveries that were being attempted when the process before died.
-        held: the messages that were part of too many crashes.
-        lost: those whose content is not there.
-        remarks: what else an operator should know, in words.
-        alarms: what was set aside and may be mail, in words.
+        interrupted: deliveries that were being attempted when the previous process died.
+        held: the messages held because they were being delivered during too many crashes.
+        lost: those whose content is missing.
+        remarks: other things that an operator should know, in words.
+        alarms: things set aside that may be mail, in words.
     """
 
     messages: int = 0
@@ -70,7 +70,7 @@ class Recovery:
 
 
 class NotFound(NamedTuple):
-    """A message whose content is not to be found, as far as anything knows of it.
+    """A message whose content is missing, with its known facts.
 
     Attributes:
         reason: why it cannot be delivered, in words.
@@ -86,10 +86,10 @@ class NotFound(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rebuilt:
-    """What a rebuild came to.
+    """The result of a rebuild.
 
     Attributes:
-        told: what became of what was set aside, in words.
+        told: what was done with each thing set aside, in words.
         not_found: messages whose contents are lost.
     """
 
@@ -98,7 +98,7 @@ class Rebuilt:
 
 
 class Draft(Protocol):
-    """A content that is being received. One that cannot be written goes on taking what comes; `submit` then fails."""
+    """Content that is being received. After a write error it still takes further content; `submit` then fails."""
 
     @property
     def header_octets(self) -> int:
@@ -107,7 +107,7 @@ class Draft(Protocol):
 
     @property
     def in_memory(self) -> Sequence[bytes] | None:
-        """All chunks, where they are at hand."""
+        """All chunks, if they are in memory."""
         ...
 
     @property
@@ -116,7 +116,7 @@ class Draft(Protocol):
         ...
 
     def write(self, chunk: bytes, resume: Callable[[], None]) -> bool:
-        """Add some more; the first chunk is the header block.
+        """Add a chunk; the first is the header block.
 
         Args:
             resume: called once, on the event loop, when more may come after False.
@@ -127,23 +127,23 @@ class Draft(Protocol):
         ...
 
     def hold(self, header: bytes, body: bytes) -> bool:
-        """Take a content that is whole: each `write` in one, where that needs no file.
+        """Take whole content at once, unless that needs a file.
 
         Args:
             body: may be empty.
 
         Returns:
-            Whether it was taken; if not, it is to be written.
+            Whether it was taken; if not, call `write`.
         """
         ...
 
     def discard(self) -> None:
-        """Forget it. Idempotent; what was submitted is not touched."""
+        """Discard it. Idempotent; submitted content stays."""
         ...
 
 
 class Woken(Protocol):
-    """The worker on the queue, as far as others need it."""
+    """The runner, as its notifiers see it."""
 
     def wake(self, destinations: Sequence[str] = ()) -> None:
         """Something is due."""
@@ -154,23 +154,23 @@ class Woken(Protocol):
         ...
 
     def note(self, deed: str) -> None:
-        """An operator has changed a message, see `deeds.Deed.as_text`: report it."""
+        """Report an operator's change of a message, see `deeds.Deed.as_text`."""
         ...
 
     def note_crashes(self, message_ids: Sequence[str]) -> None:
-        """These are held now, since they were part of too many crashes: report it."""
+        """Report messages now held because they were being delivered during too many crashes."""
         ...
 
 
 class Store(Protocol):
-    """A place where mail is durable.
+    """Durable storage of mail.
 
-    Every verb may raise `SpoolError`: nothing was changed then. A lease belongs to this process until it is finished or
-    the store is closed; results of a lease that is not its delivery's last one raise `StaleLease`.
+    Every verb may raise `SpoolError`, in which case nothing was changed. A lease belongs to this process until it is
+    finished or the store is closed; results of a lease that is not its delivery's latest raise `StaleLease`.
 
     Attributes:
-        look_again_seconds: how often to look for what others have queued; None: there are no others.
-        timings: what it did lately; reading them takes them away.
+        look_again_seconds: how often to look for mail queued by others; None: there are no others.
+        timings: its recent operations; reading removes them.
     """
 
     look_again_seconds: float | None
@@ -178,45 +178,45 @@ class Store(Protocol):
 
     @property
     def ledger(self) -> Ledger | None:
-        """Keeps the limits and connection slots of all gateways that share it; None: it is one gateway's."""
+        """The shared limits and connection slots of all its gateways; None: it is one gateway's."""
         ...
 
     async def open(self) -> Recovery:
-        """Own it, and take back the leases of the process before."""
+        """Take ownership, and take back the leases of the previous process."""
         ...
 
     async def close(self) -> None:
-        """Finish what was asked for, and give it up. Idempotent."""
+        """Finish pending verbs, and release ownership. Idempotent."""
         ...
 
     def refusal(self) -> SpoolError | None:
-        """Why no mail can be taken now, if so. Cheap: asked at each MAIL."""
+        """Why no mail can be accepted now, or None. Cheap: called at each MAIL."""
         ...
 
     def alarm(self) -> str | None:
-        """Why an operator has to look, though mail is taken and delivered; None: there is no reason. Cheap."""
+        """Why an operator must act although mail is accepted and delivered, or None. Cheap."""
         ...
 
     def watch(self, woken: Woken) -> None:
-        """Notify a watcher when another process has changed what is queued."""
+        """Notify a watcher when another process has changed the queue."""
         ...
 
     # Messages in -----------------------------------------------------------------------------------------------
 
     def draft(self) -> Draft:
-        """A new content."""
+        """Begin new content."""
         ...
 
     def submit(self, message: NewMessage, draft: Draft, *, lease: bool) -> Pending[Sequence[Lease]]:
         """Make a message durable.
 
         Args:
-            draft: one of this store's, all of which has been written; it is the store's from here on.
-            lease: its deliveries are attempted at once, by the caller.
+            draft: one of this store's, complete; the store owns it from here on.
+            lease: the caller will attempt its deliveries at once.
 
         Returns:
-            Done when the message is durable, with its leases, or with a `SpoolError`: then nothing of it is left.
-            A caller that gives up waiting leaves a whole message.
+            Done when the message is durable, with its leases, or with a `SpoolError`, in which case nothing of it
+            remains. If the caller stops waiting, the message is stored all the same.
         """
         ...
 
@@ -225,18 +225,17 @@ class Store(Protocol):
     async def claim(
         self, wanted: Mapping[str, int]
     ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
-        """Lease what is due, and count the attempt.
+        """Lease due deliveries, and count the attempts.
 
-        New messages and those tried before take turns, so that a backlog never starves new mail. Among those, the ones
-        due first, one of each sender after the other within a sample, so that one sender's thousands do not hold up
-        all others.
+        New and retried messages take turns, so that a backlog never starves new mail. Of each kind, those due first
+        come first, with senders taking turns within a sample, so that one sender's thousands do not hold up all others.
 
         Args:
-            wanted: how many at most, by destination.
+            wanted: the most to lease, by destination.
 
         Returns:
-            The leases, small contents with them (the header block first; read whole and intact), and in how many
-            seconds the next delivery to one of the destinations is due that is not too old.
+            The leases, with small contents (whole and intact, the header block first), and the seconds until the next
+            delivery to one of the destinations is due, not counting expired ones.
         """
         ...
 
@@ -252,82 +251,82 @@ class Store(Protocol):
         notices: Sequence[Notice] = (),
         is_urgent: bool = True,
     ) -> Pending[None]:
-        """Note what an attempt came to, together with the messages that report it: all or nothing.
+        """Record the result of an attempt, together with the messages that report it: all or nothing.
 
         Args:
-            retry_in: in how many seconds what has not ended is due again.
-            is_possible_duplicate: an upstream may have taken it without our knowing.
-            counts_attempt: False: no upstream was asked; it was no attempt.
-            hold: what has not ended waits for an operator.
-            is_urgent: False: it may wait a moment for others to share its sync.
+            retry_in: seconds until recipients that have not ended are due again.
+            is_possible_duplicate: an upstream may have taken it without our knowledge.
+            counts_attempt: False: no upstream was asked, so it was no attempt.
+            hold: recipients that have not ended wait for an operator.
+            is_urgent: False: it may wait a moment to share a sync with others.
         """
         ...
 
     async def mark_corrupt(self, lease: Lease) -> None:
-        """Its content is damaged: it waits for an operator, does not age meanwhile, and counts as nothing else."""
+        """Its content is damaged: it waits for an operator, does not age meanwhile, and counts as corrupt only."""
         ...
 
     async def end_overdue(self, most: int, *, outcomes: bool = False) -> Sequence[Lease]:
-        """Lease what is too old, without counting an attempt: to be ended by the caller.
+        """Lease expired deliveries, without counting an attempt: the caller must end them.
 
         Args:
-            outcomes: of those, and not of mail.
+            outcomes: lease outcomes instead of mail.
         """
         ...
 
     async def unwarned(self, age: float, most: int) -> Sequence[Lease]:
-        """Deliveries older than `age` seconds whose sender is due a warning; not leased, only shown."""
+        """Deliveries older than `age` seconds whose sender must be warned; not leased."""
         ...
 
     async def warn(self, message_id: str, notices: Sequence[Notice]) -> bool:
-        """Note that the sender was warned, by `notices`; False where that was noted before, or the message is gone."""
+        """Record that `notices` warn the sender; False if that was recorded before, or the message is gone."""
         ...
 
     async def destinations(self, *, outcomes: bool = False, known: Collection[str] = ()) -> Sequence[str]:
-        """All destinations that mail waits for; or, with `outcomes`, those that outcomes wait for.
+        """All destinations of waiting mail; with `outcomes`, those of waiting outcomes.
 
         Args:
-            known: those that are left out.
+            known: destinations to leave out.
         """
         ...
 
     def holds(self, lease: Lease) -> bool:
-        """Whether a lease is surely ours at this moment. Cheap: asked before content, and its end, are sent."""
+        """Whether a lease is certainly ours now. Cheap: called before sending content, and its end."""
         ...
 
     # Contents --------------------------------------------------------------------------------------------------
 
     async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
-        """A part of a content.
+        """Read a part of some content.
 
         Raises:
-            ContentLost: it is not there, or not all of it.
+            ContentLost: it is missing or incomplete.
         """
         ...
 
     async def is_intact(self, content: ContentRef) -> bool:
-        """Whether a content is there and is what was written."""
+        """Whether content is complete and unchanged."""
         ...
 
-    # What operators see and do ---------------------------------------------------------------------------------
+    # For operators ---------------------------------------------------------------------------------
 
     async def counts(self) -> Counts:
-        """How much mail there is in which state; outcomes are not counted."""
+        """Count mail by state, without outcomes."""
         ...
 
     async def backlog(self, destinations: Sequence[str]) -> Mapping[str, Backlog]:
-        """The outcomes that wait, or are being sent, for each of these destinations."""
+        """Count the outcomes that wait, or are being sent, for each of these destinations."""
         ...
 
     async def tally(self) -> Mapping[str, int]:
-        """Recipients that were ever accepted, and how many of them ended in which way."""
+        """Count all recipients ever accepted, and their ends."""
         ...
 
     async def page(self, after: str, most: int, *, outcomes: bool = False) -> Sequence[MessageView]:
-        """At most `most` messages whose ids follow `after`, in the order of their ids, which is that of arrival.
+        """At most `most` messages whose ids follow `after`, in order of ids, that is of arrival.
 
         Args:
-            outcomes: those, and no mail.
+            outcomes: list outcomes instead of mail.
         """
         ...
 
@@ -335,48 +334,48 @@ class Store(Protocol):
         """One message.
 
         Raises:
-            NoSuchMessage: there is none of that id. So it is with the verbs below.
+            NoSuchMessage: there is none with this id. The same applies to the verbs below.
         """
         ...
 
     async def find(
         self, *, trace_id: str | None = None, sender: str | None = None, recipient: str | None = None, most: int
     ) -> Sequence[MessageView]:
-        """The first messages that fit all that is given; no outcomes."""
+        """The first messages that match all given conditions; no outcomes."""
         ...
 
     async def retry(self, message_id: str) -> bool:
-        """Make a message due now; whether anything changed. So it is with the verbs below."""
+        """Make a message due now; returns whether anything changed, as do the verbs below."""
         ...
 
     async def hold(self, message_id: str) -> bool:
-        """Let a message wait for an operator; it does not age meanwhile. What is being attempted is left alone: it is
-        attempted again where it has to be, however long the rest is held."""
+        """Hold a message for an operator; it does not age meanwhile. Deliveries under way are not affected, and are
+        retried if necessary while the rest is held.
+        """
         ...
 
     async def release(self, message_id: str) -> bool:
-        """Let a held message, or a corrupt one, go on."""
+        """Release a held or corrupt message."""
         ...
 
     async def expire(self, message_id: str) -> bool:
-        """Let a message be too old: it goes back to its sender. Held and corrupt ones are released for that."""
+        """Make a message expire: it bounces to its sender. Held and corrupt ones are released for that."""
         ...
 
     async def reset(self, message_id: str, expires_in: float) -> bool:
-        """Begin again: no attempt was made, and its age counts from now. Its sender is not warned of the same delay
-        twice."""
+        """Reset attempts to none, and count the age from now. The sender is not warned of the same delay twice."""
         ...
 
     async def delete(self, message_id: str) -> int:
-        """Remove a message; how many recipients will not get it.
+        """Remove a message; returns how many recipients will not get it.
 
         Raises:
-            SpoolError: it is being attempted: its outcome is open.
+            SpoolError: it is being attempted, so its outcome is open.
         """
         ...
 
     def standing(self) -> ShareOfQueue | None:
-        """How this process stands among all that share the store; None: it is not shared. Cheap."""
+        """This process's part in the shared store; None: it is not shared. Cheap."""
         ...
 
     async def company(self) -> Company | None:
@@ -384,9 +383,9 @@ class Store(Protocol):
         ...
 
     async def rebuild(self) -> Rebuilt:
-        """Put back what was set aside and can be read: held, since it may have been delivered."""
+        """Put back messages that were set aside and are readable: held, since they may have been delivered."""
         ...
 
     async def housekeep(self) -> None:
-        """What is to be done now and then: look at clocks, make room."""
+        """Periodic work: check clocks, make room."""
         ...

@@ -1,1 +1,1 @@
-"""Delivery status notifications: their format, and the senders that get one."""
+"""Delivery status notifications: their format, and when to send one."""

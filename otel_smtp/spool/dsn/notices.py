@@ -1,7 +1,7 @@
-"""Messages of our own: bounces, warnings of a delay, and reports of success where they were asked for.
+"""Messages of our own: bounces, warnings of a delay, and requested reports of success.
 
-Their text is made by `report`; whether and where they go is decided here. They are stored in the same commit as
-the end that they report, so that neither can be lost without the other.
+`report` makes their text; this module decides whether and where they go. They are stored in the same commit as the end
+that they report, so that neither can be lost without the other.
 """
 
 import logging
@@ -27,7 +27,7 @@ from otel_smtp.spool.store import Notice, Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.dsn.notices")
 
-RETURNED_CONTENT_OCTETS: Final = 50_000  # as Postfix returns at most
+RETURNED_CONTENT_OCTETS: Final = 50_000  # Postfix's limit
 
 _KINDS: Final = {
     NoticeKind.FAILED: Kind.BOUNCE,
@@ -39,13 +39,13 @@ BouncePolicy = Literal["mail", "log", "off"]
 
 
 class Notices:
-    """Makes notices, where they are wanted.
+    """Makes the notices that senders want.
 
     Args:
-        policy: `mail`: sent; `log`: a line only; `off`: neither.
-        hostname: ours: the reporting MTA.
-        max_age_seconds: after which a notice that cannot leave is given up.
-        sender: the reverse-path for upstreams that refuse the null one; "": there is none.
+        policy: `mail`: send them; `log`: only log them; `off`: neither.
+        hostname: our own, as the reporting MTA.
+        max_age_seconds: after which an undelivered notice expires.
+        sender: the reverse-path for upstreams that refuse the null one, or "".
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Notices:
         remote: str | None = None,
         retry_until: float | None = None,
     ) -> Sequence[Notice]:
-        """The notice that some recipients ended, or wait, as `kind` says: one, or none.
+        """Make the notice of `kind` about some recipients: one, or none.
 
         Raises:
             StorageBroken: the original cannot be read.
@@ -127,7 +127,7 @@ class Notices:
         notice = NewMessage(
             id=message_id,
             mail=mail,
-            # By the route of the mail that it reports on, whatever senders and recipients that is for: `attempts`.
+            # By the route of the mail that it reports on, whatever that route's patterns: see `attempts`.
             deliveries={lease.destination: [recipient]},
             header_octets=header_octets,
             expires_in=self._max_age_seconds,

@@ -1,20 +1,20 @@
-"""Delivery status notifications: reports to a sender on recipients that failed, wait, or were handed on without DSN.
+"""Delivery status notifications: reports to a sender on recipients that failed, wait, or were relayed without DSN.
 
 A notice is a `multipart/report` (RFC 6522) of three parts: words for people, `message/delivery-status` for programs
-(RFC 3464), and the header block of the original, or all of it (RFC 3461 4.3). It is put together octet by octet: the
-standard library's email package would fold, reorder or re-encode what is returned.
+(RFC 3464), and the header block of the original, or all of it (RFC 3461 4.3). It is assembled octet by octet: the
+standard library's email package would fold, reorder or re-encode the original.
 
 Two rules hold for every part:
 
-* Whatever a peer wrote (addresses, ENVID, ORCPT, the upstream's replies, its name) stands in one place each, as the
-  value that `_clean` leaves of it: nothing of it can begin a line, a field, a part, or a message. A boundary that
-  occurs in a part is exchanged for another one.
-* The original is returned as it came, or not at all. A header block that is no plain text is encoded, which
-  `text/rfc822-headers` may be; `message/rfc822` may not (RFC 2046 5.2.1), so that an original with octets that no
-  mail can carry goes back as its header block alone.
+* Text of peers (addresses, ENVID, ORCPT, the upstream's replies, its name) appears in one place each, cleaned by
+  `_clean`, so that it cannot begin a line, a field, a part, or a message. A boundary that occurs in a part is replaced
+  by another one.
+* The original is returned unchanged, or not at all. A header block that is not plain text is encoded, which is allowed
+  for `text/rfc822-headers` but not for `message/rfc822` (RFC 2046 5.2.1); so of an original with octets that no mail
+  can carry only the header block is returned.
 
-A notice is ASCII where it can be, so that every upstream can take it. Octets beyond are left in a returned original,
-and in the parts that RFC 6533 has for internationalised mail; `envelope` then asks for 8BITMIME.
+A notice is ASCII if possible, so that every upstream can take it. Other octets occur only in a returned original, and
+in RFC 6533's parts for internationalised mail; `envelope` then requests 8BITMIME.
 """
 
 import re
@@ -35,20 +35,20 @@ from otel_smtp.smtp.replies import Reply
 
 LINE_OCTETS: Final = 998  # RFC 5322 2.1.1, without CRLF
 HEADER_OCTETS: Final = 50_000
-"""Most of a header block that is returned: a client cannot have larger ones sent back as often as it likes."""
+"""The largest returned header block: otherwise a client could have large ones sent back as often as it likes."""
 
 _WRAP_CHARACTERS: Final = 72
-_VALUE_OCTETS: Final = 900  # the rest of a line is for what stands before a value
+_VALUE_OCTETS: Final = 900  # the rest of a line is for the text before a value
 _MESSAGE_ID = re.compile(r"<[!-;=?-~]{1,900}>")
 _ADDRESS_TYPE = re.compile(r"[!-:<-~]{1,64}")
-# What an address must not hold in its 7-bit form: xtext-specials and all beyond ASCII (RFC 6533 3).
+# Characters that an address must not have in its 7-bit form: xtext-specials and all beyond ASCII (RFC 6533 3).
 _NOT_QCHAR = re.compile(r"[^!-*,-<>-\[\]-~]")
 
 
 class NoticeKind(StrEnum):
-    """What a notice reports; the values are those of the Action field (RFC 3464 2.3.3).
+    """The kinds of notices; the values are those of the Action field (RFC 3464 2.3.3).
 
-    What expired has failed, with status 4.4.7 (RFC 3463 3.5). "delivered" and "expanded" are for those who own
+    Expired recipients have failed, with status 4.4.7 (RFC 3463 3.5). "delivered" and "expanded" are for owners of
     mailboxes and lists.
     """
 
@@ -57,18 +57,18 @@ class NoticeKind(StrEnum):
     RELAYED = "relayed"  # to an upstream that does not report success
 
 
-# Which classes of status may stand beside an action, the usual one first: what fails by its age has "4.X.X".
+# The classes of status that fit an action, the usual one first: an expired recipient has "4.X.X".
 _CLASSES: Final = {NoticeKind.FAILED: (5, 4), NoticeKind.DELAYED: (4,), NoticeKind.RELAYED: (2,)}
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What became of one recipient.
+    """The status of one recipient.
 
     Attributes:
-        reply: the upstream's last one, or ours; None where there is none.
-        remote: the upstream's host name, where it was its reply.
-        before: where `reply` only says that we give up: what was said at the last attempt, as text; else "".
+        reply: the upstream's last one, or ours; None without one.
+        remote: the upstream's host name, if the reply is the upstream's.
+        before: if `reply` only reports expiry, the reply to the last attempt, as text; otherwise "".
     """
 
     recipient: Recipient
@@ -82,8 +82,8 @@ class Status:
 def wanted(kind: NoticeKind, recipient: Recipient, mail: Mail) -> bool:
     """Whether the sender wants a notice of this kind (RFC 3461 4.1 and 5.2).
 
-    Without NOTIFY: of failures and delays. Never for the null reverse-path: "MUST NOT" (RFC 5321 6.1). That success is
-    reported only if the upstream does not do so itself is for the caller to decide (RFC 3461 5.2.1).
+    Without NOTIFY: for failures and delays. Never for the null reverse-path: "MUST NOT" (RFC 5321 6.1). The caller must
+    make sure that success is reported only if the upstream does not do so itself (RFC 3461 5.2.1).
     """
     if not mail.reverse_path:
         return False
@@ -94,7 +94,7 @@ def wanted(kind: NoticeKind, recipient: Recipient, mail: Mail) -> bool:
 
 
 def returns_content(kind: NoticeKind, mail: Mail) -> bool:
-    """Whether a notice returns the whole original, where that is not too large.
+    """Whether a notice returns the whole original, unless that is too large.
 
     RET=FULL speaks of failures alone (RFC 3461 4.3). "If both RET=FULL and REQUIRETLS are present, the RET=FULL MUST
     be disregarded" (RFC 8689 5).
@@ -105,10 +105,10 @@ def returns_content(kind: NoticeKind, mail: Mail) -> bool:
 def envelope(mail: Mail, *, is_ascii: bool) -> tuple[Mail, Recipient]:
     """The envelope of a notice for `mail`: from the null path, to its sender, and never answered (RFC 3461 6.1).
 
-    It needs the TLS that `mail` needed, whose header it repeats (RFC 8689 5).
+    It requires TLS if `mail` did, whose header it repeats (RFC 8689 5).
 
     Args:
-        is_ascii: the notice holds nothing else, so that any upstream can take it.
+        is_ascii: the notice is all ASCII, so any upstream can take it.
     """
     return (
         Mail(
@@ -141,11 +141,11 @@ def notification(
     Args:
         statuses: of the recipients that it reports on, one or more.
         header: the original's header block, complete or cut anywhere, without the empty line behind it.
-        content: the whole original, header block included, where that is to be returned and not too large.
+        content: the whole original, including its header block, if it is to be returned and not too large.
         reporting_mta: our host name.
         spool_id, message_id: the original's id here, an atom; the notice's own Message-ID, angle brackets included.
-        eight_bit: False: the notice is for somebody who takes 7-bit content only (but for a reverse-path beyond ASCII,
-            which says so itself).
+        eight_bit: False: the upstream takes 7-bit content only (except for a non-ASCII reverse-path, which implies
+            more).
 
     Returns:
         The notice; `envelope` must know whether it holds anything beyond ASCII.
@@ -165,14 +165,14 @@ def notification(
         f"Date: {format_datetime(now)}",
         f"Message-ID: {message_id}",
         *_threading(header),
-        # RFC 3834 5: so that no other program answers it.
+        # RFC 3834 5: tells other programs not to answer it.
         "Auto-Submitted: auto-replied",
         "MIME-Version: 1.0",
         "Content-Type: multipart/report; report-type=delivery-status;",
         f' boundary="{boundary}"',
     ]
     if any(part.encoding == "8bit" for part in parts):
-        fields.append("Content-Transfer-Encoding: 8bit")  # a multipart has the widest of its parts' (RFC 2045 6.4)
+        fields.append("Content-Transfer-Encoding: 8bit")  # the widest encoding of its parts (RFC 2045 6.4)
     pieces = ["\r\n".join(fields).encode(), b"\r\n\r\nThis is a report in MIME format.\r\n"]
     for part in parts:
         pieces += (f"\r\n--{boundary}\r\n".encode(), part.head(), part.octets)
@@ -201,7 +201,7 @@ _FIRST_WORDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """The same facts twice: for people and for programs."""
+    """The facts of a report, written for people and for programs."""
 
     kind: NoticeKind
     mail: Mail
@@ -212,7 +212,7 @@ class _Report:
     trace_id: str | None
 
     def words(self) -> Iterable[str]:
-        """Lines for people."""
+        """The lines for people."""
         yield f"This is the mail gateway at {_clean(self.reporting_mta)}."
         yield ""
         yield from _wrapped(_FIRST_WORDS[self.kind])
@@ -227,7 +227,7 @@ class _Report:
             yield f"Its trace: {_clean(self.trace_id)}"
 
     def fields(self, *, is_international: bool) -> Iterable[str]:
-        """The fields for programs: of the message, then of each recipient, an empty line before each."""
+        """The fields for programs: of the message, then of each recipient, each group after an empty line."""
         yield f"Reporting-MTA: {_host(self.reporting_mta)}"
         if self.mail.envid:
             yield f"Original-Envelope-Id: {_clean(_decoded(self.mail.envid))}"
@@ -250,7 +250,7 @@ class _Report:
             yield f"Remote-MTA: {_host(status.remote)}"
         diagnostic = status.before or (str(status.reply) if status.reply is not None else "")
         if diagnostic and self.kind is not NoticeKind.RELAYED:
-            # Folded, since replies are long and this is read by people too.
+            # Folded, since replies are long and people read this too.
             yield "\r\n ".join(_wrapped(f"Diagnostic-Code: smtp; {_clean(diagnostic)}"))
         if status.last_attempt is not None:
             yield f"Last-Attempt-Date: {format_datetime(status.last_attempt)}"
@@ -269,7 +269,7 @@ def _told(status: Status) -> Iterable[str]:
 
 
 def _status_code(kind: NoticeKind, reply: Reply | None) -> str:
-    """The reply's enhanced code; where it has none that fits, the one that says as much (RFC 3463 3)."""
+    """The reply's enhanced code; without a fitting one, the general code of its class (RFC 3463 3)."""
     classes = _CLASSES[kind]
     if reply is None or reply.code // 100 not in classes:
         return f"{classes[0]}.0.0"
@@ -279,7 +279,7 @@ def _status_code(kind: NoticeKind, reply: Reply | None) -> str:
 
 
 def _host(name: str) -> str:
-    """A host with its type, "dns" (RFC 3464 2.1.2); "[192.0.2.1]" where all that is known is its address."""
+    """A host with its type, "dns" (RFC 3464 2.1.2); "[192.0.2.1]" if only its address is known."""
     try:
         return f"dns; {address_literal(name)}"
     except ValueError:
@@ -287,7 +287,7 @@ def _host(name: str) -> str:
 
 
 def _original_recipient(recipient: Recipient, *, is_international: bool) -> str:
-    """ORCPT as it may stand in its field; "" where there is none."""
+    """ORCPT in the form of its field; "" without one."""
     address_type, _, xtext = (recipient.orcpt or "").partition(";")
     if not xtext or _ADDRESS_TYPE.fullmatch(address_type) is None:
         return ""
@@ -306,8 +306,8 @@ def _address(address: str, *, is_international: bool) -> str:
 
 
 def _seven_bit(address: str) -> str:
-    """utf-8-addr-xtext, as much of it as a line can hold: the form for a part that is ASCII (RFC 6533 3)."""
-    if "\\x{" in address:  # only in an ORCPT that came in this form, in part at least
+    """utf-8-addr-xtext, cut to what a line can hold: the form for an ASCII part (RFC 6533 3)."""
+    if "\\x{" in address:  # only in an ORCPT that arrived at least partly in this form
         return "".join(char if char.isascii() else _embedded(char) for char in address)[:_VALUE_OCTETS]
     return _NOT_QCHAR.sub(lambda match: _embedded(match[0]), address)[:_VALUE_OCTETS]
 
@@ -317,7 +317,7 @@ def _embedded(char: str) -> str:
 
 
 def _threading(header: bytes) -> Iterable[str]:
-    """Fields that let a mail program show the notice beside the mail that it is about (RFC 3834 3.1.5)."""
+    """Fields that let a mail program show the notice with its mail (RFC 3834 3.1.5)."""
     message_id = inspect_header(header).message_id or ""
     if _MESSAGE_ID.fullmatch(message_id) is not None:
         yield f"In-Reply-To: {message_id}"
@@ -329,7 +329,7 @@ def _threading(header: bytes) -> Iterable[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of the report, ready to be sent.
+    """A part of the report, ready to send.
 
     Attributes:
         encoding: 7bit, 8bit or quoted-printable.
@@ -359,7 +359,7 @@ def _words_part(lines: Iterable[str]) -> _Part:
 def _status_part(report: _Report, *, is_international: bool) -> _Part:
     lines = "".join(f"{line}\r\n" for line in report.fields(is_international=is_international))
     if lines.isascii() or not is_international:
-        # Addresses have a form for this; nothing else here can be beyond ASCII.
+        # Addresses have a form for this; nothing else here can be non-ASCII.
         return _Part("message/delivery-status", "Delivery report", "7bit", lines.encode("ascii", "replace"))
     return _Part("message/global-delivery-status", "Delivery report", "8bit", lines.encode())
 
@@ -381,13 +381,13 @@ def _returned_part(header: bytes, content: bytes | None, *, is_international: bo
 
 
 def _cut(header: bytes) -> bytes:
-    """As many whole lines of a header block as are returned; a line that the caller cut in two is left out."""
+    """The whole lines of a header block to return; a line cut by the caller is left out."""
     end = header.rfind(b"\r\n", 0, HEADER_OCTETS)
     return header[: end + 2] if end >= 0 else header[:HEADER_OCTETS]
 
 
 def _is_sendable(octets: bytes) -> bool:
-    """Whether a mail can hold `octets` as they are: CRLF line ends only, lines within bounds, no NUL (RFC 5322 2.3)."""
+    """Whether mail can carry `octets` unchanged: CRLF line ends only, lines within bounds, no NUL (RFC 5322 2.3)."""
     if b"\0" in octets or has_bare_line_end(octets):
         return False
     return max(map(len, octets.split(b"\r\n"))) <= LINE_OCTETS
@@ -402,7 +402,7 @@ def _is_utf8(octets: bytes) -> bool:
 
 
 def _quoted_printable(octets: bytes) -> bytes:
-    """RFC 2045 6.7; a CR or LF that stands alone is no line end, and encoded as any other octet."""
+    """RFC 2045 6.7; a bare CR or LF is no line end, and encoded like any other octet."""
     return b"\r\n".join(b2a_qp(line, istext=False).replace(b"=\n", b"=\r\n") for line in octets.split(b"\r\n"))
 
 
@@ -414,11 +414,11 @@ def _boundary(spool_id: str, parts: Iterable[_Part]) -> str:
     return f"=_{spool_id}.{number}"
 
 
-# Text of others -----------------------------------------------------------------------------------------------
+# Text of peers -----------------------------------------------------------------------------------------------
 
 
 def _decoded(xtext: str) -> str:
-    """What xtext stands for (RFC 3461 4); itself where it is none."""
+    """Decode xtext (RFC 3461 4); other text is returned unchanged."""
     try:
         return decode_xtext(xtext)
     except ValueError:
@@ -426,7 +426,7 @@ def _decoded(xtext: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """`text` in one line, without control and invisible characters, as much of it as a line can hold."""
+    """`text` in one line, without control and invisible characters, cut to what a line can hold."""
     if not is_visible(text):
         text = "".join(char if is_visible(char) else "?" for char in text)
     return text if len(text) * 4 <= _VALUE_OCTETS else text.encode()[:_VALUE_OCTETS].decode(errors="ignore")

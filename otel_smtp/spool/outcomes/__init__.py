@@ -1,4 +1,4 @@
-"""Outcomes: what became of each recipient of queued mail, POSTed to the application as signed CloudEvents.
+"""Outcomes: the fate of each recipient of queued mail, POSTed to the application as signed CloudEvents.
 
     events     what an outcome says, and its signature: values in, octets out
     recording  which ends are reported to which receivers; each is stored in the same commit as the end that it reports

@@ -1,9 +1,8 @@
-"""An outcome as a CloudEvent, and the headers that sign it. No clock and no I/O.
+"""An outcome as a CloudEvent, and its signature headers. No clock and no I/O.
 
 The body is a CloudEvent in JSON, structured mode (CloudEvents 1.0.2, JSON format, HTTP binding 3.2), with the trace
-context of the mail as the distributed tracing extension has it. The signature is that of Standard Webhooks 1.0.0:
-HMAC-SHA256 over id, time and body, so that a receiver can refuse what was changed, and what is sent again by somebody
-who has seen it.
+context of the mail according to the distributed tracing extension. The signature is that of Standard Webhooks 1.0.0:
+HMAC-SHA256 over id, time and body, so that a receiver can refuse changed and replayed events.
 """
 
 import base64
@@ -27,23 +26,23 @@ TYPE_PREFIX: Final = "smtp.recipient."
 
 
 class RecipientOutcome(StrEnum):
-    """How a recipient of queued mail ended."""
+    """The outcome of a recipient of queued mail."""
 
     DELIVERED = "delivered"  # an upstream took it
-    BOUNCED = "bounced"  # refused for good, and the sender gets a bounce
-    REFUSED = "refused"  # refused for good, and no bounce is sent
+    BOUNCED = "bounced"  # refused permanently, and the sender gets a bounce
+    REFUSED = "refused"  # refused permanently, and no bounce is sent
     EXPIRED = "expired"  # too old
 
 
 class BadKey(ValueError):
-    """A key cannot be used; the text says why, and nothing of the key."""
+    """A key cannot be used; the text says why without quoting the key."""
 
 
 def key_of(text: str) -> bytes:
-    """The key that a file's text stands for: `whsec_` and base64, as Standard Webhooks writes it, or the text itself.
+    """The key in a file's text: `whsec_` and base64, as in Standard Webhooks, or the text itself.
 
     Raises:
-        BadKey: it is too short, or no base64.
+        BadKey: it is too short, or not base64.
     """
     if text.startswith(KEY_PREFIX):
         encoded = text.removeprefix(KEY_PREFIX).rstrip("=")
@@ -59,7 +58,7 @@ def key_of(text: str) -> bytes:
 
 
 def signed_headers(key: bytes, event_id: str, unix_seconds: int, body: bytes) -> dict[str, str]:
-    """The headers that sign a body as sent at a moment (Standard Webhooks, "Signature scheme")."""
+    """The signature headers of a body sent at a given time (Standard Webhooks, "Signature scheme")."""
     signed = f"{event_id}.{unix_seconds}.".encode() + body
     signature = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode("ascii")
     return {
@@ -72,15 +71,15 @@ def signed_headers(key: bytes, event_id: str, unix_seconds: int, body: bytes) ->
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a CloudEvent reports about one recipient.
+    """The facts of one recipient in a CloudEvent.
 
     Attributes:
         source: the gateway, as a URI reference.
         ended_at: seconds since the epoch.
-        upstream: the name of the one that decided; of the route, where none was asked.
-        message_id: the mail's Message-ID field; None where it has none.
-        reply: what the upstream said, or we in its place; None where nothing was said.
-        is_final: `reply` decided; else it is what was said before the mail was too old.
+        upstream: the name of the one that decided; the route's, if none was asked.
+        message_id: the mail's Message-ID field, if it has one.
+        reply: the upstream's, or ours in its place; None without one.
+        is_final: `reply` decided; otherwise it is the last one before the mail expired.
     """
 
     outcome: RecipientOutcome
@@ -96,7 +95,7 @@ def event_body(event_id: str, lease: Lease, recipient: SpooledRecipient, told: T
     """The CloudEvent of one recipient's outcome, as JSON in UTF-8.
 
     Args:
-        event_id: without full stops, which stand between what is signed.
+        event_id: without full stops, which separate the signed parts.
         lease: of the mail.
     """
     trace = {name: lease.carrier[name] for name in ("traceparent", "tracestate") if lease.carrier.get(name)}

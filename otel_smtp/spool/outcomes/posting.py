@@ -1,4 +1,4 @@
-"""One exchange with a receiver: a POST within a deadline, to where it was meant and nowhere else."""
+"""One exchange with a receiver: a POST within a deadline, to its exact URL and never redirected."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from otel_smtp.spool.outcomes.receivers import ReceiverSettings
 if TYPE_CHECKING:
     import httpx
 
-MOST_ANSWER_OCTETS: Final = 64 * 1024  # of a body that is read so that the connection can serve again
+MOST_ANSWER_OCTETS: Final = 64 * 1024  # of an answer's body, which is read so that the connection can be reused
 MOST_RETRY_AFTER_SECONDS: Final = 3600.0
 IDLE_SECONDS: Final = 30.0
 ORIGIN_HEADER: Final = "webhook-request-origin"  # CloudEvents HTTP 1.1 Web Hooks 4.1
@@ -23,12 +23,12 @@ ORIGIN_HEADER: Final = "webhook-request-origin"  # CloudEvents HTTP 1.1 Web Hook
 
 @dataclass(frozen=True, slots=True)
 class PostAnswer:
-    """What came of an exchange.
+    """The result of an exchange.
 
     Attributes:
-        why: it did not come off; None: the receiver took what was sent.
-        status: of the answer; None where there was none.
-        retry_in: how long it asked to be left alone, in seconds; 0: it did not.
+        why: why it failed; None: the receiver accepted the event.
+        status: of the answer; None without one.
+        retry_in: the pause it asked for, in seconds; 0: none.
     """
 
     why: str | None = None
@@ -37,7 +37,7 @@ class PostAnswer:
 
 
 class Poster:
-    """Sends to one receiver. The HTTP library is imported, and certificates are read, in a thread, by the first use."""
+    """Sends to one receiver. The first use imports the HTTP library and reads certificates, in a thread."""
 
     def __init__(self, settings: ReceiverSettings) -> None:
         self.settings = settings
@@ -45,7 +45,7 @@ class Poster:
         self._opening = asyncio.Lock()
 
     async def post(self, event_id: str, body: bytes, carrier: Mapping[str, str]) -> PostAnswer:
-        """Send an event; never raises but for cancellation.
+        """Send an event; raises nothing but cancellation.
 
         Args:
             carrier: the trace context of the mail, for the receiver's own instrumentation.
@@ -83,12 +83,12 @@ class Poster:
 
     async def _within_time(self, method: str, headers: Mapping[str, str], body: bytes) -> PostAnswer:
         client = await self._opened()
-        import httpx  # behind what imports it in a thread
+        import httpx  # already imported by a thread
 
         try:
             async with client.stream(method, self.settings.url, headers=headers, content=body) as response:
                 octets = 0
-                async for piece in response.aiter_raw():  # as it is: what was compressed could be of any size
+                async for piece in response.aiter_raw():  # uncompressed: compressed data could have any size
                     octets += len(piece)
                     if octets > MOST_ANSWER_OCTETS:
                         break  # the connection is closed with the rest unread
@@ -114,7 +114,7 @@ class Poster:
             verify=ssl.create_default_context(cafile=self.settings.ca_file),
             trust_env=False,
             follow_redirects=False,
-            timeout=None,  # of the whole exchange, which is ours  # noqa: S113
+            timeout=None,  # the timeout of the whole exchange is ours  # noqa: S113
             limits=httpx.Limits(
                 max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=IDLE_SECONDS
             ),
@@ -123,14 +123,14 @@ class Poster:
 
 
 def _retry_after(value: str | None) -> float:
-    """RFC 9110 10.2.3, where it is given in seconds; within a bound."""
+    """RFC 9110 10.2.3, if given in seconds; bounded."""
     if value is None or not value.isdecimal() or len(value) > 9:
         return 0.0
     return min(MOST_RETRY_AFTER_SECONDS, float(value))
 
 
 def _reason(error: Exception) -> str:
-    """Why there was no answer: what the system said, which the libraries wrap several times."""
+    """Why there was no answer: the system's error, which the libraries wrap several times."""
     found: OSError | None = None
     cause: BaseException | None = error
     while cause is not None:

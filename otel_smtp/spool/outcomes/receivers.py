@@ -1,4 +1,4 @@
-"""The receivers of outcomes: what each wants, how it fares, and how much waits for it."""
+"""The receivers of outcomes: their settings, health and backlogs."""
 
 import logging
 import time
@@ -23,11 +23,11 @@ class ReceiverSettings:
         name: in metrics and logs, and of its backlog.
         url: https, or http on this machine.
         key: signs what is sent.
-        outcomes: those that it receives.
+        outcomes: the kinds that it receives.
         ca_file: authorities to trust; None: the system's.
-        connections: at most so many outcomes are sent to it at once.
+        connections: the most outcomes sent to it at once.
         timeout_seconds: of a whole exchange.
-        most_pending: beyond, outcomes are dropped and counted.
+        most_pending: beyond this, outcomes are dropped and counted.
     """
 
     name: str
@@ -41,17 +41,17 @@ class ReceiverSettings:
 
     @property
     def destination(self) -> str:
-        """What its outcomes have for a destination."""
+        """The destination of its outcomes."""
         return f"{OUTCOME_PREFIX}{self.name}"
 
 
 @dataclass(slots=True)
 class OutcomeFigures:
-    """What became of outcomes in this process, for metrics.
+    """This process's counts of outcomes, for metrics.
 
     Attributes:
-        sent: taken by the receiver. failed: attempts that it did not take. expired: given up for their age.
-        dropped: never stored, since too many waited.
+        sent: accepted by the receiver. failed: failed attempts. expired: given up for their age.
+        dropped: never stored, because too many waited.
     """
 
     sent: int = 0
@@ -60,7 +60,7 @@ class OutcomeFigures:
     dropped: int = 0
 
     def by_result(self) -> Mapping[str, int]:
-        """Each by its name."""
+        """The counts by name."""
         return {name: getattr(self, name) for name in RESULTS}
 
 
@@ -68,11 +68,11 @@ RESULTS: Final = ("sent", "failed", "expired", "dropped")
 
 
 class OutcomeReceiver:
-    """How one receiver fares.
+    """One receiver's health and backlog.
 
     Attributes:
         settings: may be replaced.
-        backlog: what waits for it, when it was last counted.
+        backlog: its waiting outcomes at the last count.
         under_way: exchanges now.
     """
 
@@ -82,7 +82,7 @@ class OutcomeReceiver:
         self.backlog = Backlog()
         self.under_way = 0
         self._noted = 0  # stored since the backlog was counted
-        self._failures = 0  # one after the other
+        self._failures = 0  # consecutive failures
         self._failing_since = 0.0
         self._rests_until = float("-inf")
         self._is_full = False
@@ -93,7 +93,7 @@ class OutcomeReceiver:
         return self.backlog.pending + self._noted
 
     def has_room(self) -> bool:
-        """Whether another outcome may wait for it; the first that may not is logged, all are counted."""
+        """Whether another outcome may wait for it; logs the first that may not, and counts all."""
         if self.pending < self.settings.most_pending:
             self._is_full = False
             return True
@@ -107,15 +107,15 @@ class OutcomeReceiver:
         return False
 
     def note_stored(self) -> None:
-        """One more waits for it."""
+        """Another outcome waits for it."""
         self._noted += 1
 
     def count(self, backlog: Backlog) -> None:
-        """So much waits for it."""
+        """Update the backlog."""
         self.backlog, self._noted = backlog, 0
 
     def room(self, now: float) -> int:
-        """How many exchanges may begin. While it fails, one at a time, and with pauses that grow."""
+        """How many exchanges may begin. While it fails, one at a time, with growing pauses."""
         if self._failures:
             return int(not self.under_way and now >= self._rests_until)
         return max(0, self.settings.connections - self.under_way)
@@ -125,7 +125,7 @@ class OutcomeReceiver:
         return max(0.0, self._rests_until - now)
 
     def succeeded(self) -> None:
-        """It took one."""
+        """It accepted an outcome."""
         self.figures.sent += 1
         if self._failures:
             logger.info(
@@ -139,10 +139,10 @@ class OutcomeReceiver:
         self._failures = 0
 
     def failed(self, why: str, retry_in: float) -> None:
-        """It did not take one.
+        """It did not accept an outcome.
 
         Args:
-            retry_in: how long it asked to be left alone, in seconds; 0: it did not.
+            retry_in: the pause it asked for, in seconds; 0: none.
         """
         now = time.monotonic()
         self.figures.failed += 1
@@ -161,7 +161,7 @@ class Receivers:
         self.by_destination: dict[str, OutcomeReceiver] = {}
 
     def replace(self, settings: Sequence[ReceiverSettings]) -> None:
-        """Go on with these; what is known of those that stay is kept."""
+        """Replace the receivers; those that stay keep their state."""
         known = self.by_destination
         self.by_destination = {}
         for one in settings:
@@ -170,7 +170,7 @@ class Receivers:
             self.by_destination[one.destination] = receiver
 
     def figures(self) -> list[tuple[str, OutcomeFigures, int, float | None]]:
-        """For metrics: name, figures, how many wait, and since when, in seconds since the epoch."""
+        """For metrics: name, figures, number waiting, and the oldest's time in seconds since the epoch."""
         return [
             (one.settings.name, one.figures, one.pending, one.backlog.oldest_arrived_at)
             for one in self.by_destination.values()

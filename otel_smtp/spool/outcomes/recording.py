@@ -1,4 +1,4 @@
-"""Which ends are reported to which receivers, as messages that are stored with the end itself."""
+"""Makes the messages that report ends to receivers, to be stored with the ends themselves."""
 
 import logging
 import time
@@ -21,8 +21,8 @@ class Outcomes:
     """Makes outcomes.
 
     Args:
-        max_age_seconds: after which an outcome that no receiver takes is given up.
-        wake: called when some are stored.
+        max_age_seconds: after which an outcome that its receiver does not accept expires.
+        wake: called when outcomes are stored.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class Outcomes:
         upstream: str = "",
         header: bytes | None = None,
     ) -> Sequence[Notice]:
-        """What is to be stored with the ends among these verdicts.
+        """Make the outcomes to store with the ends among these verdicts.
 
-        Never raises: a mail's end is recorded, whatever becomes of its report.
+        Never raises: a mail's end is recorded even if its report fails.
 
         Args:
-            bounces: whether the sender of the mail gets a bounce for a recipient that was refused.
+            bounces: whether the sender of the mail gets a bounce for a refused recipient.
             upstream: the name of the one that decided; "": the route's.
-            header: the mail's header block, where it is at hand.
+            header: the mail's header block, if in memory.
         """
         receivers = self._receivers.by_destination
         ended = [verdict for verdict in verdicts if verdict.end is not None]
@@ -110,7 +110,7 @@ class Outcomes:
 def _outcome_of(
     verdict: Verdict, recipient: SpooledRecipient, bounces: Callable[[SpooledRecipient], bool]
 ) -> tuple[RecipientOutcome, Reply | None]:
-    """How a recipient ended, with what was said of it last."""
+    """A recipient's outcome, with the last reply about it."""
     match verdict.end:
         case End.DELIVERED:
             return RecipientOutcome.DELIVERED, verdict.reply

@@ -1,8 +1,8 @@
-"""Sends what waits for the receivers, beside the mail and never in its way.
+"""Sends waiting outcomes to the receivers, independently of the mail.
 
-An outcome that a receiver does not take waits by the schedule of the mail, and is sent again until it is as old as mail
-may become. A receiver that fails is asked with one outcome at a time, after pauses that grow to a minute: what waits
-for it costs nothing meanwhile.
+An outcome that a receiver does not accept is retried by the schedule of the mail, until it is as old as mail may
+become. A failing receiver gets one outcome at a time, after pauses that grow to a minute: waiting ones cost nothing
+meanwhile.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ from otel_smtp.spool.store import Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.outcomes.sending")
 
-COUNT_SECONDS: Final = 2.0  # how often what waits is counted, while anything does
-LOOK_SECONDS: Final = 60.0  # how often it is looked for what is too old
+COUNT_SECONDS: Final = 2.0  # how often outcomes are counted while any waits
+LOOK_SECONDS: Final = 60.0  # how often expired ones are looked for
 OVERDUE_AT_ONCE: Final = 100
 AGAIN_SECONDS: Final = 1.0
-STOP_SECONDS: Final = 1.0  # for what is under way at the end
+STOP_SECONDS: Final = 1.0  # for exchanges under way at the end
 
 
 class Sender:
@@ -54,12 +54,12 @@ class Sender:
         self._has_changed = True
 
     def start(self) -> None:
-        """Begin with what waits. Idempotent."""
+        """Begin to send. Idempotent."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """End: what is under way is cut short after a moment, and sent again by the next process. Idempotent."""
+        """End: exchanges under way are cut short after a moment, and repeated by the next process. Idempotent."""
         self._recording.is_stopping = True
         if self._task is not None:
             self._task.cancel()
@@ -73,12 +73,12 @@ class Sender:
         await self._close(list(self._posters))
 
     def wake(self) -> None:
-        """Something waits that did not, or a receiver may be asked again."""
+        """A new outcome waits, or a receiver may be tried again."""
         self._has_changed = True
         self._wake.set()
 
     def look_soon(self) -> None:
-        """An operator has changed something, or given something up."""
+        """An operator has changed or expired an outcome."""
         self._looked_at = self._counted_at = float("-inf")
         self.wake()
 
@@ -109,7 +109,7 @@ class Sender:
                 pass
 
     async def _work(self) -> float:
-        """Begin what may begin; in how many seconds to look again."""
+        """Begin the exchanges that may begin; returns seconds until the next look."""
         now = time.monotonic()
         receivers = self._receivers.by_destination
         if now - self._looked_at >= LOOK_SECONDS:
@@ -118,7 +118,7 @@ class Sender:
             self._looked_at = now
         wait_seconds = min(await self._count(now), LOOK_SECONDS)
         wanted = {destination: room for destination, one in receivers.items() if (room := one.room(now))}
-        # Those at rest are looked at again when it ends; the end of an exchange wakes us.
+        # Resting receivers are tried again after their pause; the end of an exchange wakes us.
         rests = [rest for one in receivers.values() if not one.under_way and (rest := one.rests_for(now))]
         wait_seconds = min([wait_seconds, *rests])
         if not wanted:
@@ -127,7 +127,7 @@ class Sender:
         for lease, content in claimed:
             if (receiver := receivers.get(lease.destination)) is not None:
                 self._begin(receiver, lease, content)
-            else:  # a lease that was lost track of, for one that has gone since
+            else:  # a lost lease, for a receiver that has been removed since
                 await self._record(lease, (), LOOK_SECONDS)
         if claimed:
             return 0.0
@@ -138,7 +138,7 @@ class Sender:
         return wait_seconds
 
     async def _count(self, now: float) -> float:
-        """Count what waits, now and then; in how many seconds to do so again."""
+        """Count waiting outcomes, now and then; returns seconds until the next time."""
         since = now - self._counted_at
         if since < COUNT_SECONDS:
             return COUNT_SECONDS - since if self._has_changed else LOOK_SECONDS
@@ -151,7 +151,7 @@ class Sender:
         return COUNT_SECONDS if self._has_changed else LOOK_SECONDS
 
     async def _give_up(self) -> None:
-        """End what is too old, whether or not its receiver is still there."""
+        """End expired outcomes, even of removed receivers."""
         given_up: Counter[str] = Counter()
         while leases := await self._store.end_overdue(OVERDUE_AT_ONCE, outcomes=True):
             for lease in leases:
@@ -211,7 +211,7 @@ class Sender:
         )
 
     async def _poster(self, settings: ReceiverSettings) -> Poster:
-        """The one with these settings; one with others is closed."""
+        """The poster with these settings; one with others is closed."""
         known = self._posters.get(settings.destination)
         if known is not None and known.settings == settings:
             return known
@@ -226,6 +226,6 @@ class Sender:
 
 
 def _as_reply(answer: PostAnswer) -> Reply:
-    """Why a receiver did not take an outcome, as `queue show` prints it."""
+    """Why a receiver did not accept an outcome, as `queue show` prints it."""
     why = (answer.why or "").encode("ascii", "replace").decode()
     return Reply(451, None, (" ".join(why.split())[:200],), ErrorType.UPSTREAM_UNAVAILABLE)

@@ -1,4 +1,4 @@
-"""The parts of telling outcomes as one thing."""
+"""Making and sending outcomes as one thing."""
 
 from otel_smtp.spool.outcomes.receivers import Receivers
 from otel_smtp.spool.outcomes.recording import Outcomes
@@ -27,7 +27,7 @@ class Telling:
         self._sender.start()
 
     def look_soon(self) -> None:
-        """An operator has changed something."""
+        """An operator has changed an outcome."""
         self._sender.look_soon()
 
     async def stop(self) -> None:
