@@ -139,7 +139,7 @@ def _find(settings: Settings, gateways: Sequence[AskedGateway], what: str, most:
             problems.append(f"{error.filename}: {error.strerror}")
     queued: list[Mapping[str, Any]] = []
     directory = settings.spool.directory
-    if settings.spool.url is not None or (directory is not None and directory.exists()):
+    if settings.spool.url is not None or (directory is not None and _may_exist(directory)):
         from otel_smtp.spool.messages import SpoolError
 
         try:
@@ -148,6 +148,14 @@ def _find(settings: Settings, gateways: Sequence[AskedGateway], what: str, most:
         except SpoolError as error:
             problems.append(f"the queue: {error}")
     return _Found([*mails, *logged], logged, queued, searched, notes, problems)
+
+
+def _may_exist(directory: Path) -> bool:
+    """Whether there is something to ask; if this user may not look, whoever asks reports that."""
+    try:
+        return directory.exists()
+    except OSError:
+        return True
 
 
 def _in_traces(

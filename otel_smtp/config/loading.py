@@ -284,7 +284,7 @@ class _Loader:
             path = FilePath(may_be_empty=True).parse(given)
         except BadValue:
             return  # reported with `<key>_file` itself
-        if path is None or not path.is_file():
+        if path is None or _unreadable(path):
             return  # so is this; reading a device or pipe might never end
         try:
             # Editors and `echo` end a file with one line end; any further one belongs to the secret.
@@ -330,8 +330,11 @@ def _any_source(node: _Node) -> str:
 
 
 def _unreadable(path: Path) -> str | None:
-    if not path.is_file():
-        return f"no such file: {path}"
+    try:
+        if not path.is_file():
+            return f"no such file: {path}" if not path.exists() else f"not a regular file: {path}"
+    except OSError as error:  # this user may not look into its directory, or no file may have such a name
+        return f"cannot be read: {error.strerror}: {str(path)[:120]}"
     return None if os.access(path, os.R_OK) else f"this user cannot read the file: {path}"
 
 

@@ -1,6 +1,7 @@
 """Listening sockets."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
@@ -188,7 +189,10 @@ async def _listen(
 
     unix: tuple[str, int] | None = None
     if path is not None:
-        # The loop removes a socket file that a killed process left behind, but no other file.
+        # The loop removes a socket file that a killed process left behind, but no other file. It logs an error of its
+        # own where it cannot look for one: that is an error of ours.
+        with contextlib.suppress(FileNotFoundError):
+            os.stat(path)
         server = await loop.create_unix_server(factory, path, backlog=ACCEPTS_AT_ONCE)
         unix = (path, os.stat(path).st_ino)
     elif sock is not None and sock.family == socket.AF_UNIX:

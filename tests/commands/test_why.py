@@ -131,6 +131,9 @@ def test_a_log_alone_tells_it_too(upstream: CapturingUpstream, tmp_path: Path) -
     missing = run("why", "x", "--url", nobody[1], "--log", str(tmp_path / "missing"))
     assert missing.returncode == 1
     assert f"{tmp_path / 'missing'}: No such file or directory" in missing.stderr
+    locked = run("why", "x", "--url", nobody[1], "--set", f"spool.directory={'x' * 300}")
+    assert locked.returncode == 1
+    assert f"the queue: {'x' * 300}: File name too long" in locked.stderr
 
 
 @pytest.mark.parametrize(

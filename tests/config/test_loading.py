@@ -184,7 +184,7 @@ def test_a_pipe_in_place_of_a_secret_is_refused_and_not_waited_for(write: Any) -
     file = write(SUBMISSION + 'password_file = "pipe"\n')
     os.mkfifo(file.parent / "pipe")
     problems = problems_of(file=file)
-    assert any('password_file = "pipe": no such file' in problem for problem in problems)
+    assert any('password_file = "pipe": not a regular file' in problem for problem in problems)
 
 
 def test_no_secret_stands_in_a_refusal_or_in_a_representation(write: Any) -> None:
@@ -208,6 +208,16 @@ def test_certificates_are_relative_to_the_file_that_names_them(write: Any, tmp_p
         tmp_path / "c.pem",
         tmp_path / "k.pem",
     )
+
+
+@pytest.mark.parametrize("key", ["password_file", "ca_file"])
+def test_a_file_that_this_user_may_not_even_look_for_is_refused(write: Any, key: str) -> None:
+    """As one in another user's directory, whose error is EACCES, which root never gets."""
+    name = "x" * 300
+    (problem, *_) = problems_of(file=write(SUBMISSION + f'{key} = "{name}"\n'))
+    assert f"upstream.0.{key} = " in problem
+    assert ": cannot be read: File name too long: /" in problem
+    assert len(problem) < 500
 
 
 # Refusals -----------------------------------------------------------------------------------------------------

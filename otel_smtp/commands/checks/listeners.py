@@ -79,9 +79,12 @@ def _try_to_bind(subject: str, address: Endpoint, *, is_dual_stack: bool = False
 
 
 def _check_unix_path(subject: str, path: Path) -> Finding | None:
-    if path.exists():
-        is_socket = stat.S_ISSOCK(path.stat().st_mode)
-        return None if is_socket else Finding("failed", subject, "exists and is not a socket")
+    try:
+        if path.exists():
+            is_socket = stat.S_ISSOCK(path.stat().st_mode)
+            return None if is_socket else Finding("failed", subject, "exists and is not a socket")
+    except OSError as error:  # others may not even look into its directory
+        return Finding("failed", subject, f"cannot be created: {error.strerror}")
     if not os.access(path.parent, os.W_OK):
         return Finding("failed", subject, f"cannot be created: {path.parent} does not exist or is not writable")
     return Finding("ok", subject, "is free")

@@ -2,6 +2,7 @@
 
 import asyncio
 import http.server
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator
@@ -117,6 +118,18 @@ async def test_a_path_that_is_no_socket_or_cannot_be_made(tmp_path: Path) -> Non
     assert "cannot be created" in finding.detail
     (finding,) = await findings_for(f"unix:{tmp_path}/s")
     assert finding.verdict == "ok"
+
+
+async def test_a_path_where_this_user_may_not_even_look(tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        (finding,) = await findings_for(f"unix:{tmp_path}/locked/s")
+    finally:
+        os.seteuid(user)
+    assert (finding.verdict, finding.detail) == ("failed", "cannot be created: Permission denied")
 
 
 @pytest.mark.parametrize(
