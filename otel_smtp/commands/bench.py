@@ -73,7 +73,7 @@ def bench(
     as_json: bool,
     url: str | None,
 ) -> None:
-    """Send load; print rate, latencies, errors, and the gateway's CPU per message.
+    """Send load; print rate, latencies, errors, CPU per mail.
 
     The upstream receives every message: point the gateway at a sink first. The CPU comes from the gateway's metrics;
     --url or the settings say where they are. Latency says most at a rate that the gateway can sustain: --rate with

@@ -3,13 +3,13 @@
 It uses the standard library's client on purpose: what that can do, any application can.
 """
 
+import email.policy
 import json
 import os
 import re
 import smtplib
 import ssl
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from email.utils import format_datetime, make_msgid
@@ -18,11 +18,12 @@ from typing import Any, Final
 
 import click
 
-from otel_smtp.commands.options import FAILED, WRONG, check_address, console, fail, global_flags, parse
-from otel_smtp.config import Secret, UpstreamUrl
+from otel_smtp.commands.options import FAILED, WRONG, check_address, console, fail, global_flags, global_options, parse
+from otel_smtp.config import Secret, Settings, UpstreamUrl
+from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
-# In the gateway's final 250; other servers say nothing of the kind.
+# In the gateway's final 250, and in refusals of mail; other servers say nothing of the kind.
 _TRACE: Final = re.compile(r"\btrace=([0-9a-f]{32})\b")
 _ANY_LINE_END: Final = re.compile(rb"\r\n|\r|\n")
 # Commands that may be shown as they were sent; anything else that is sent during AUTH is a credential.
@@ -33,7 +34,7 @@ OnExchange = Callable[[str, int, str], None]
 
 
 @click.command()
-@click.argument("gateway", metavar="[GATEWAY]", default="127.0.0.1:2525")
+@click.argument("gateway", metavar="[GATEWAY]", required=False)
 @click.option("--to", "-t", multiple=True, required=True, metavar="ADDRESS", help="Recipient; repeatable.")
 @click.option(
     "--from",
@@ -54,8 +55,10 @@ OnExchange = Callable[[str, int, str], None]
 @click.option("--size", metavar="SIZE", help='Size of the test mail, for example "5MiB".')
 @click.option("--timeout", default="30s", metavar="DURATION", show_default=True, help="Timeout of each reply.")
 @global_flags("Print one line of JSON: outcome, exchanges, trace id.")
+@click.pass_context
 def send(
-    gateway: str,
+    context: click.Context,
+    gateway: str | None,
     *,
     to: tuple[str, ...],
     sender: str,
@@ -70,7 +73,8 @@ def send(
 ) -> None:
     """Send a test mail; print replies and trace id.
 
-    GATEWAY is host:port or a URL with smtp://, smtp+starttls:// or smtps://; the default is 127.0.0.1:2525.
+    GATEWAY is host:port or a URL with smtp://, smtp+starttls:// or smtps://. The default is the first listener of the
+    settings that can be used without TLS; without settings, 127.0.0.1:2525.
     """
     from otel_smtp.commands.terminal.tables import exchange_line
     from otel_smtp.config.addresses import UpstreamUrlKind
@@ -80,6 +84,7 @@ def send(
     for address in to:
         check_address(address, "--to")
     output = console()
+    gateway = gateway or own_listener(global_options(context).settings(needs_upstream=False))
     url = gateway if "://" in gateway else f"smtp{'+starttls' if starttls else ''}://{gateway}"
     target = parse(UpstreamUrlKind(schemes=("smtp", "smtp+starttls", "smtps")), url, "GATEWAY")
     octets = parse(Size(), size, "--size") if size else 0
@@ -104,9 +109,9 @@ def send(
         if not as_json:
             output.print(exchange_line(said, code, text), soft_wrap=True)
 
-    sent, failure = None, ""
+    refused, failure = to, ""
     try:
-        sent = send_message(
+        refused = send_message(
             target,
             sender=sender,
             recipients=to,
@@ -117,24 +122,36 @@ def send(
             ca_file=str(ca_file) if ca_file else None,
             timeout=timeout_seconds,
         )
+        if refused:
+            failure = f"refused for {', '.join(refused)}"
     except SendingFailed as why:
         failure = str(why)
-    if sent is not None and sent.refused:
-        failure = f"refused for {', '.join(sent.refused)}"
+    traces = [found[1] for exchange in exchanges if (found := _TRACE.search(str(exchange["text"])))]
     if as_json:
         told = {
-            "is_accepted": sent is not None,
-            "refused": list(to if sent is None else sent.refused),
-            "trace_id": sent.trace_id if sent is not None else None,
+            "is_accepted": refused != to,
+            "refused": list(refused),
+            "trace_id": traces[-1] if traces else None,
             "failure": failure or None,
             "exchanges": exchanges,
         }
         click.echo(json.dumps(told))
         raise SystemExit(FAILED if failure else 0)
-    if sent is not None and sent.trace_id:
-        output.print(f"trace {sent.trace_id}", style="bold")
+    if traces:
+        output.print(f"trace {traces[-1]}", style="bold")
     if failure:
         fail(FAILED, failure)
+
+
+def own_listener(settings: Settings) -> str:
+    """The address at which the gateway of the settings takes a mail that comes from here, without TLS."""
+    plain = (one for one in settings.listener if one.protocol == "smtp" and not one.tls_required)
+    addresses = (address for one in plain if one.tls is not TlsMode.IMPLICIT for address in one.address)
+    found = next((address for address in addresses if address.port), None)  # no unix socket, no port of the kernel's
+    if found is None:
+        fail(WRONG, "GATEWAY is missing: no listener of the settings takes SMTP without TLS at a known port")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(found.host, found.host)  # noqa: S104 - where it listens
+    return str(Endpoint(host, found.port))
 
 
 def _read(path: Path, option: str) -> bytes:
@@ -161,19 +178,6 @@ def _check_authorities(path: Path) -> None:
         fail(WRONG, f"--ca-file: {path} holds no certificate in PEM")
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """A message that was accepted for at least one recipient.
-
-    Attributes:
-        refused: recipients that were refused.
-        trace_id: from the final reply; None if it has none.
-    """
-
-    refused: tuple[str, ...]
-    trace_id: str | None
-
-
 class SendingFailed(Exception):
     """The message was accepted for no recipient; the text names the step and the reason."""
 
@@ -181,7 +185,6 @@ class SendingFailed(Exception):
 class _Client(smtplib.SMTP):
     """The standard library's client, reporting each exchange."""
 
-    last_reply = ""
     _sent = "connect"
 
     def __init__(self, on_exchange: OnExchange, host: str, port: int, **more: Any) -> None:
@@ -201,8 +204,7 @@ class _Client(smtplib.SMTP):
 
     def getreply(self) -> tuple[int, bytes]:
         code, text = super().getreply()
-        self.last_reply = text.decode("ascii", "replace")
-        self._on_exchange(self._sent, code, self.last_reply)
+        self._on_exchange(self._sent, code, _text(text))
         # Only the content is sent without a command.
         self._sent = "(content)"
         return code, text
@@ -223,7 +225,8 @@ def _connect(gateway: UpstreamUrl, on_exchange: OnExchange, context: ssl.SSLCont
 def sample_message(*, sender: str, recipients: Sequence[str], octets: int = 0) -> bytes:
     """A message of at least `octets` and at most one line more."""
     now = datetime.now(UTC)
-    message = EmailMessage()
+    is_ascii = "".join([sender, *recipients]).isascii()
+    message = EmailMessage(email.policy.default.clone(utf8=not is_ascii))  # RFC 6532 where the addresses need it
     message["From"], message["To"] = sender or "mailer-daemon@otel-smtp.invalid", ", ".join(recipients)
     message["Subject"] = "Test mail of otel-smtp"
     message["Date"], message["Message-ID"] = format_datetime(now), make_msgid(domain="otel-smtp.invalid")
@@ -246,7 +249,7 @@ def send_message(
     password: Secret | None = None,
     ca_file: str | None = None,
     timeout: float = 30.0,
-) -> Sent:
+) -> tuple[str, ...]:
     """Send one message.
 
     Args:
@@ -254,6 +257,9 @@ def send_message(
         content: with any line ends.
         on_exchange: called at each reply.
         timeout: seconds for each reply.
+
+    Returns:
+        The recipients that were refused.
 
     Raises:
         SendingFailed: the message was accepted for no recipient.
@@ -273,17 +279,18 @@ def send_message(
                 _log_in(client, user, password.reveal() if password is not None else "")
             step = "the message"
             options = ["BODY=8BITMIME"] if not content.isascii() and client.has_extn("8bitmime") else []
+            if not "".join([sender, *recipients]).isascii():
+                options.append("SMTPUTF8")  # RFC 6531; raises where the gateway does not offer it
             # Octets are sent as they are, so a bare LF would be our fault (RFC 5321 2.3.8).
             wire = _ANY_LINE_END.sub(b"\r\n", content)
             refused = client.sendmail(sender, recipients, wire, mail_options=options)
-            trace = _TRACE.search(client.last_reply)
     except smtplib.SMTPRecipientsRefused as error:
         raise SendingFailed(f"every recipient was refused: {_first(error)}") from error
     except smtplib.SMTPResponseException as error:
         raise SendingFailed(f"{step} was refused: {error.smtp_code} {_text(error.smtp_error)}") from error
     except (smtplib.SMTPException, OSError) as error:
         raise SendingFailed(f"{step} failed: {_why(error)}") from error
-    return Sent(tuple(refused), trace[1] if trace else None)
+    return tuple(refused)
 
 
 def _log_in(client: _Client, user: str, password: str) -> None:
@@ -317,4 +324,4 @@ def _first(error: smtplib.SMTPRecipientsRefused) -> str:
 
 
 def _text(text: bytes | str) -> str:
-    return text.decode("ascii", "replace") if isinstance(text, bytes) else text
+    return text.decode("utf-8", "replace") if isinstance(text, bytes) else text

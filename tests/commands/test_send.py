@@ -13,8 +13,8 @@ import pytest
 import trustme
 from click.testing import CliRunner
 
-from otel_smtp.commands.send import SendingFailed, Sent, sample_message, send, send_message
-from otel_smtp.config import Secret, UpstreamUrl
+from otel_smtp.commands.send import SendingFailed, own_listener, sample_message, send, send_message
+from otel_smtp.config import Secret, UpstreamUrl, load
 from otel_smtp.config.addresses import UpstreamUrlKind
 from otel_smtp.config.values import Given
 from otel_smtp.smtp.replies import Reply
@@ -32,7 +32,7 @@ def url(text: str) -> UpstreamUrl:
     return parsed
 
 
-def sent_to(where: str, told: Told, **more: object) -> Sent:
+def sent_to(where: str, told: Told, **more: object) -> tuple[str, ...]:
     arguments: dict[str, object] = {
         "sender": "me@example.org",
         "recipients": ["you@example.net"],
@@ -51,7 +51,7 @@ def upstream() -> Iterator[CapturingUpstream]:
 
 def test_every_exchange_is_reported_and_the_message_arrives(upstream: CapturingUpstream) -> None:
     told: Told = []
-    assert sent_to(upstream.url, told) == Sent((), None)
+    assert sent_to(upstream.url, told) == ()
     # As it was sent: smtplib says FROM: and TO:, or from: and to:, by its version.
     said = [line.split(" size=")[0].replace(" from:", " FROM:").replace(" to:", " TO:") for line, _, _ in told]
     assert list(zip(said, [code for _, code, _ in told], strict=True)) == [
@@ -68,17 +68,11 @@ def test_every_exchange_is_reported_and_the_message_arrives(upstream: CapturingU
     assert upstream.violations == []
 
 
-def test_the_trace_id_is_read_out_of_the_final_reply() -> None:
-    reply = Reply(250, None, (f"2.0.0 Ok trace={TRACE}",))
-    with CapturingUpstream(UpstreamScript(content=(reply,))) as upstream:
-        assert sent_to(upstream.url, []) == Sent((), TRACE)
-
-
 def test_a_refused_recipient_is_named_and_the_others_have_it() -> None:
     refusal = Reply(550, None, ("5.1.1 unknown",))
     with CapturingUpstream(UpstreamScript(recipients={"a@example.net": refusal})) as upstream:
-        sent = sent_to(upstream.url, [], recipients=["a@example.net", "b@example.net"])
-        assert sent.refused == ("a@example.net",)
+        refused = sent_to(upstream.url, [], recipients=["a@example.net", "b@example.net"])
+        assert refused == ("a@example.net",)
         with pytest.raises(SendingFailed, match=r"every recipient was refused: 550 5\.1\.1 unknown"):
             sent_to(upstream.url, [], recipients=["a@example.net"])
 
@@ -120,7 +114,7 @@ def test_implicit_tls(tmp_path: Path) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     ca.issue_cert("127.0.0.1").configure_cert(context)
     with CapturingUpstream(tls=context, is_implicit_tls=True) as upstream:
-        assert sent_to(f"smtps://127.0.0.1:{upstream.port}", [], ca_file=str(tmp_path / "ca.pem")) == Sent((), None)
+        assert sent_to(f"smtps://127.0.0.1:{upstream.port}", [], ca_file=str(tmp_path / "ca.pem")) == ()
 
 
 def test_tls_that_the_server_does_not_speak() -> None:
@@ -224,6 +218,12 @@ def test_for_machines_it_is_one_line() -> None:
         ("(content)", 250),
         ("QUIT", 221),
     ]
+    refusal = Reply(550, None, (f"5.1.1 unknown trace={TRACE}",))
+    with CapturingUpstream(UpstreamScript(recipients={"you@example.net": refusal})) as upstream:
+        result = run("send", upstream.url, "--to", "you@example.net", "--json")
+    assert result.returncode == 1
+    told = json.loads(result.stdout)
+    assert (told["is_accepted"], told["trace_id"]) == (False, TRACE)
     result = run("send", "127.0.0.1:1", "--to", "you@example.net", "--json")
     assert result.returncode == 1
     assert json.loads(result.stdout)["refused"] == ["you@example.net"]
@@ -248,3 +248,63 @@ def test_a_sample_is_a_message_of_at_least_the_wanted_size(octets: int) -> None:
     assert message["To"] == "a@example.net, b@example.net"
     assert message["From"]
     assert message.defects == []
+
+
+# Where it goes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("listeners", "expected"),
+    [
+        ([{"address": ["127.0.0.1:12525", "[::1]:12525"]}], "127.0.0.1:12525"),
+        ([{"address": ["0.0.0.0:12525"], "allow": ["10.0.0.0/8"]}], "127.0.0.1:12525"),
+        ([{"address": ["[::]:12525"], "allow": ["10.0.0.0/8"]}], "[::1]:12525"),
+        ([{"address": ["unix:gw", "127.0.0.1:0", "127.0.0.1:3"]}], "127.0.0.1:3"),
+        ([{"name": "a", "tls": "implicit"}, {"name": "b", "address": ["127.0.0.1:4"]}], "127.0.0.1:4"),
+        ([{"name": "a", "tls": "starttls", "address": ["127.0.0.1:5"]}], "127.0.0.1:5"),
+        ([{"name": "a", "tls": "starttls", "tls_required": True}], None),
+        ([{"protocol": "lmtp"}], None),
+        (None, "127.0.0.1:2525"),
+    ],
+)
+def test_without_a_gateway_it_is_that_of_the_settings(
+    listeners: list[dict[str, object]] | None, expected: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"tls_cert": __file__, "tls_key": __file__}
+    tables = [one | (keys if "tls" in one else {}) for one in listeners or ()]
+    settings = load(values={"listener": tables} if tables else {}, needs_upstream=False)
+    if expected is not None:
+        assert own_listener(settings) == expected
+        return
+    with pytest.raises(SystemExit, match="2"):
+        own_listener(settings)
+    assert "GATEWAY is missing: no listener" in capsys.readouterr().err
+
+
+def test_the_gateway_of_the_settings_gets_the_mail(upstream: CapturingUpstream) -> None:
+    address = upstream.url.removeprefix("smtp://")
+    result = run("send", "--to", "you@example.net", "--set", f"listener.0.address={address}")
+    assert result.returncode == 0, result.stderr
+    (message,) = upstream.wait_for_messages(1)
+    assert message.recipients == ("you@example.net",)
+
+
+# Addresses beyond ASCII ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("address", ["bücher@example.net", "you@bücher.example"])
+def test_an_address_beyond_ascii_asks_for_smtputf8(address: str, upstream: CapturingUpstream) -> None:
+    result = run("send", upstream.url, "--from", "ä@example.org", "--to", address)
+    assert result.returncode == 0, result.stderr
+    assert f"RCPT TO:<{address}>" in result.stdout
+    (message,) = upstream.wait_for_messages(1)
+    assert message.recipients == (address,)
+    assert "SMTPUTF8" in message.mail_parameters
+    assert f"To: {address}\r\n".encode() in message.content
+
+
+def test_without_smtputf8_such_an_address_is_told_to_be_impossible() -> None:
+    with CapturingUpstream(keywords=("8BITMIME",)) as plain:
+        result = run("send", plain.url, "--to", "bücher@example.net")
+        assert result.returncode == 1
+        assert result.stderr == "otel-smtp: the message failed: SMTPUTF8 not supported by server\n"
