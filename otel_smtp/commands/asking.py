@@ -71,8 +71,7 @@ class AskedGateway:
         except urllib.error.HTTPError as error:
             if error.code == http.HTTPStatus.NOT_FOUND and error.headers.get_content_type() == "application/json":
                 return None
-            words = error.read(_MOST_WORDS).decode("utf-8", "replace").strip()
-            shown = "".join(char for char in words if char.isprintable())
+            shown = _shown(error.read(_MOST_WORDS).decode("utf-8", "replace"))
             raise NoAnswer(f"the gateway at {self.url} refuses: {error.code} {shown or error.reason}") from error
         except urllib.error.URLError as error:
             reason = getattr(error.reason, "strerror", None) or str(error.reason)
@@ -80,7 +79,12 @@ class AskedGateway:
         except TimeoutError as error:
             raise NoAnswer(f"the gateway at {self.url} did not answer within {seconds:.0f} s") from error
         except (OSError, http.client.HTTPException) as error:
-            raise NoAnswer(f"no gateway answers at {self.url}: {error}") from error
+            raise NoAnswer(f"no gateway answers at {self.url}: {_shown(str(error))}") from error
+
+
+def _shown(words: str) -> str:
+    """What something else said, which may be any octets: nothing of it controls a terminal."""
+    return "".join(char for char in words[:_MOST_WORDS] if char.isprintable()).strip()
 
 
 def running_gateway(settings: Settings, url: str | None) -> AskedGateway:

@@ -5,8 +5,10 @@ import os
 import re
 import signal
 import smtplib
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,6 +164,23 @@ def test_nobody_to_follow() -> None:
     told = run("tail", "--url", f"http://127.0.0.1:{port}")
     assert (told.returncode, told.stdout) == (1, "")
     assert told.stderr == f"otel-smtp: tail: no gateway answers at http://127.0.0.1:{port}: connection refused\n"
+
+
+def test_what_answers_and_is_no_gateway_controls_no_terminal() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def greet() -> None:
+            with server.accept()[0] as peer:
+                peer.sendall(b"220 \x1b[31mmail\r\n")
+                peer.recv(4096)
+
+        greeting = threading.Thread(target=greet)
+        greeting.start()
+        told = run("tail", "--url", f"http://127.0.0.1:{port}")
+        greeting.join()
+    assert told.returncode == 1
+    assert told.stderr == f"otel-smtp: tail: no gateway answers at http://127.0.0.1:{port}: 220 [31mmail\n"
 
 
 def test_a_reader_that_goes_away_ends_it(upstream: CapturingUpstream, tmp_path: Path) -> None:

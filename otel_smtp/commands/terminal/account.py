@@ -179,14 +179,9 @@ def _account(
 def _sayings(
     transaction: OtlpSpan | None, below: Sequence[OtlpSpan], attempts: Sequence[OtlpSpan], connection: OtlpSpan | None
 ) -> Iterator[Saying]:
-    told_events = [
-        event
-        for span in [*([transaction] if transaction else []), *below]
-        for event in span.events
-        if event.name == names.RECIPIENT_EVENT
-    ]
-    for event in told_events:
-        yield _of_recipient(event)
+    spans = [*([transaction] if transaction else []), *below]
+    told_events = [event for span in spans for event in span.events if event.name == names.RECIPIENT_EVENT]
+    yield from _of_recipients(spans)
     # A refused recipient is an Error event too; its own event says more.
     rcpt_told = {event.attributes.get(names.REPLY_CODE) for event in told_events}
     errors = [
@@ -197,7 +192,7 @@ def _sayings(
     chosen = attempts
     if len(attempts) > _ATTEMPTS_TOLD:
         chosen = [*attempts[: _ATTEMPTS_TOLD // 2], *attempts[-_ATTEMPTS_TOLD // 2 :]]
-    is_shared = len({span.instance for span in [*below, *([transaction] if transaction else [])]}) > 1
+    is_shared = len({span.instance for span in spans}) > 1
     of_attempts = [_of_attempt(attempt, transaction, is_shared=is_shared) for attempt in chosen]
     unanswered = [span.attributes for span in attempts if names.REPLY_CODE not in span.attributes]
     explained = {about.get(names.ERROR_TYPE) for about in unanswered if names.FAILURE_REASON in about}
@@ -221,6 +216,20 @@ def _end_of(connection: OtlpSpan | None) -> str:
     """How the connection ended, if that ended the mail too."""
     reason = "" if connection is None else str(connection.attributes.get(names.CLOSE_REASON, "quit"))
     return "" if reason in ("", "quit") else plain(reason).replace("_", " ")
+
+
+def _of_recipients(spans: Sequence[OtlpSpan]) -> Iterator[Saying]:
+    """What became of single recipients; of one that is deferred again and again, the last time."""
+    sayings = [
+        (number, _of_recipient(event))
+        for number, span in enumerate(spans)
+        for event in span.events
+        if event.name == names.RECIPIENT_EVENT
+    ]
+    last = {said[:3]: number for number, said in sayings}
+    for number, said in sayings:
+        if "deferred" not in said.fate or last[said[:3]] == number:
+            yield said
 
 
 def _of_recipient(event: OtlpEvent) -> Saying:

@@ -240,6 +240,29 @@ def test_of_many_attempts_the_first_and_the_last_are_told() -> None:
     assert "a mail from the queue" in text(mail)[0], "its transaction has left memory"
 
 
+def test_a_recipient_that_is_deferred_at_each_attempt_is_told_once() -> None:
+    def fate(fate: str, code: int, text: str) -> Event:
+        about: dict[str, Value] = {
+            "smtp.rcpt.domain": "example.org", "smtp.recipient.fate": fate, "smtp.upstream.name": "provider",
+            "smtp.reply.code": code, "smtp.reply.text": text,
+        }  # fmt: skip
+        return Event(START, "smtp.recipient", about)
+
+    attempts = [
+        delivery(
+            {"smtp.outcome": "deferred", "smtp.delivery.attempt": number}, span_id=10 + number, begin=number * 1000,
+            events=[*more, fate("deferred", 451, f"try again in {900 - number} s"), fate("deferred", 451, "busy")],
+        )
+        for number, more in enumerate([[fate("bounced", 550, "unknown")], [], []], 1)
+    ]  # fmt: skip
+    [mail] = told(*attempts, transaction({"smtp.outcome": "queued"}))
+    assert [one for one in text(mail) if one.startswith("  example.org:")] == [
+        "  example.org: bounced by provider: 550 unknown",
+        "  example.org: deferred by provider: 451 try again in 897 s",
+        "  example.org: deferred by provider: 451 busy",
+    ]
+
+
 def test_a_bounce_is_called_one() -> None:
     [mail] = told(delivery({"smtp.outcome": "relayed", "smtp.message.kind": "bounce"}))
     assert "a bounce from the queue" in text(mail)[0]
