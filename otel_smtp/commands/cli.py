@@ -4,8 +4,11 @@ A command is a function in the module of its name; only the module of the comman
 time is a figure that the project keeps. Exit status: 0 done, 1 failed, 2 wrong use or settings.
 """
 
+import codecs
 import errno
 import importlib
+import io
+import sys
 from typing import Final
 
 import click
@@ -36,8 +39,22 @@ def cli() -> None:
     """An OpenTelemetry-traced SMTP gateway: every connection a span, every state transition an event."""
 
 
+# What takes the place of our own marks on a terminal that has no Unicode.
+_PLAIN: Final = {"→": "->", "✓": "+", "✗": "x", "…": "...", "“": '"', "”": '"'}
+
+
+def _in_plain(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of codecs: a terminal's encoding may lack our marks, and letters in addresses and replies."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAIN.get(char, "?") for char in error.object[error.start : error.end]), error.end
+
+
 def main() -> None:
     """The entry point."""
+    codecs.register_error("otel-smtp-plain", _in_plain)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
+        sys.stdout.reconfigure(errors="otel-smtp-plain")
     try:
         cli(prog_name="otel-smtp")
     except OSError as error:

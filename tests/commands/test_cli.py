@@ -39,7 +39,7 @@ def run(*arguments: str, stdin: str = "", **environ: str) -> Result:
         encoding="utf-8",
         timeout=60,
         check=False,
-        env=environment(PYTHONIOENCODING="utf-8", **environ),
+        env=environment(**{"PYTHONIOENCODING": "utf-8", **environ}),
     )
 
 
@@ -250,6 +250,18 @@ def test_flags_stand_over_the_environment_over_the_file(tmp_path: Path) -> None:
     assert ("limits.errors", "3", "environment OTELSMTP_LIMITS__ERRORS") in rows
     assert ("limits.hops", "4", "--set limits.hops") in rows
     assert ("upstream.0.url", "smtp://b:25", "environment OTELSMTP_UPSTREAM") in rows
+
+
+@pytest.mark.parametrize(("encoding", "address", "shown"), [("ascii", "bü@x.example", "b?@"), ("latin-1", "b@x", "b@")])
+def test_a_terminal_without_unicode_gets_plain_marks(encoding: str, address: str, shown: str) -> None:
+    with CapturingUpstream() as upstream:
+        sent = run("send", upstream.url, "--to", address, PYTHONIOENCODING=encoding)
+    assert sent.returncode == 0, sent.stderr
+    assert f"-> RCPT TO:<{shown}" in sent.stdout
+    checked = run("check", "--connect", "-u", "smtp://127.0.0.1:1", "-l", "127.0.0.1:0", PYTHONIOENCODING=encoding)
+    assert checked.returncode == 1
+    assert "+ listener local 127.0.0.1:0  is free" in checked.stdout
+    assert "x upstream 127.0.0.1:1  no connection" in checked.stdout
 
 
 # check --------------------------------------------------------------------------------------------------------
