@@ -264,6 +264,25 @@ def test_a_terminal_without_unicode_gets_plain_marks(encoding: str, address: str
     assert "x upstream 127.0.0.1:1  no connection" in checked.stdout
 
 
+def test_an_interrupt_while_the_commands_are_imported_is_no_traceback() -> None:
+    code = """
+import sys
+
+class Interrupted:
+    def find_spec(self, name, *more):
+        if name == "otel_smtp.commands.cli":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+from otel_smtp.__main__ import main
+main()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", "")
+
+
 # check --------------------------------------------------------------------------------------------------------
 
 
