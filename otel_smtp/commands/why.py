@@ -151,7 +151,7 @@ def _find(settings: Settings, gateways: Sequence[AskedGateway], what: str, most:
 
 
 def _may_exist(directory: Path) -> bool:
-    """Whether there is something to ask; if this user may not look, whoever asks reports that."""
+    """Whether there is something to ask; where this user may not look, the question reports that."""
     try:
         return directory.exists()
     except OSError:
