@@ -13,12 +13,12 @@ __all__ = ["EmbeddedStore", "ask", "control_path", "to_be_moved"]
 
 
 def control_path(directory: Path) -> Path:
-    """Where the process that owns a spool hears operators' commands."""
+    """The socket on which the process that owns a spool listens for operators' commands."""
     return directory / "control"
 
 
 async def ask(directory: Path, request: Answer, *, max_age_seconds: float) -> AsyncIterator[Answer]:
-    """Have a command done by the gateway that owns the spool, or, where none runs, here.
+    """Let the gateway that owns the spool run a command, or run it here if there is none.
 
     Raises:
         SpoolError: what went wrong.
@@ -35,7 +35,7 @@ async def ask(directory: Path, request: Answer, *, max_age_seconds: float) -> As
 
 
 def to_be_moved(directory: Path) -> EmbeddedStore:
-    """A spool whose mail is moved into another store; not opened yet.
+    """The spool whose mail is to be moved to another store, not opened yet.
 
     Raises:
         SpoolError: there is none.
@@ -45,10 +45,10 @@ def to_be_moved(directory: Path) -> EmbeddedStore:
 
 
 def _check_is_spool(directory: Path) -> None:
-    """A store must have been here, of this version or the first: a question does not make one."""
+    """Require an existing store, of this or the first version: a query must not create one."""
     try:
         is_there = all((directory / name).is_dir() for name in ("log", "large")) or (directory / "spool.db").is_file()
-    except OSError as error:  # others may not even look into it
+    except OSError as error:  # other users may not even list it
         raise SpoolError(f"{directory}: {error.strerror}") from error
     if not is_there:
         raise SpoolError(f"{directory}: there is no spool")

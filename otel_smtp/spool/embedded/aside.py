@@ -1,11 +1,11 @@
-"""What was set aside: how a large content shows which message it belongs to, and what is found in unknown segments.
+"""Files that were set aside: the envelope behind large content, and the messages found in unknown segments.
 
-A large content has its message's envelope behind it, as it was when it came::
+Large content is followed by its message's original envelope::
 
     content | envelope (JSON) | magic (8) | octets of envelope (4) | CRC-32 of envelope, content, these (4 + 4 + 4)
 
-So it can be put back where log and index are both gone. What is put back is held: it may have been delivered since, to
-some or to all, and an operator has to say whether it is to go on.
+So it can be put back if both log and index are gone. Such a message is held: it may have been delivered since, to some
+or all recipients, and an operator must decide whether to release it.
 """
 
 import json
@@ -30,7 +30,7 @@ _TRAILER_OCTETS: Final = _TRAILER.size + _CHECK.size
 _MOST_ENVELOPE_OCTETS: Final = 4 * 1024 * 1024
 _MESSAGE_HEADER: Final = re.compile(rb"[\x01-\x06][\x00\x01]\x00\x00")  # from the ninth octet of a record on
 _DAMAGED: Final = re.compile(r"(?:damaged|torn)-\d+-(\d+)")
-_LEAST_SECONDS: Final = 86_400  # what is put back is not given up before an operator has seen it
+_LEAST_SECONDS: Final = 86_400  # a restored message must not expire before an operator has seen it
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Found:
 
 
 def envelope(entry: Entry, crc: int) -> bytes:
-    """What is written behind a large content.
+    """The octets written behind large content.
 
     Args:
         crc: of the content.
@@ -59,7 +59,7 @@ def envelope(entry: Entry, crc: int) -> bytes:
 
 
 def found_in(path: Path) -> list[Found]:
-    """The messages that can be read out of a file that was set aside.
+    """The readable messages in a file that was set aside.
 
     Raises:
         OSError: it cannot be read.
@@ -69,7 +69,7 @@ def found_in(path: Path) -> list[Found]:
         octets = os.fstat(file).st_size
         if (large := _large(file, octets)) is not None:
             return [large]
-        # What was cut out of a segment counts from there: a record's checksum covers its place.
+        # Offsets in a part cut out of a segment count from the segment's start: a record's checksum covers its place.
         cut = _DAMAGED.match(path.name)
         return _in_segment(bytes(int(cut[1]) if cut else 0) + read_at(file, 0, octets))
     finally:
@@ -109,7 +109,7 @@ def _in_segment(data: bytes) -> list[Found]:
         match record.kind:
             case RecordKind.MESSAGE if record.is_intact:
                 entry = Entry.from_values(said[2])
-                if not entry.is_large:  # else its content shows it
+                if not entry.is_large:  # otherwise its content shows it
                     content = data[record.content_at : record.end]
                     found[entry.id] = Found(entry, content, record.content_crc if said[1] is None else said[1])
             case RecordKind.STATE:
@@ -124,7 +124,7 @@ def _in_segment(data: bytes) -> list[Found]:
 
 
 def _marker(data: bytes) -> bytes | None:
-    """That of the first record there is: what a mail's content made up to look like one lies behind it."""
+    """The marker of the first record: forged records in a mail's content can only come after it."""
     view = memoryview(data)
     for match in _MESSAGE_HEADER.finditer(data, 8):
         at = match.start() - 8
@@ -134,7 +134,7 @@ def _marker(data: bytes) -> bytes | None:
 
 
 def hold_again(entry: Entry, now_ms: int) -> None:
-    """Let what is put back wait for an operator: it may have been delivered since. An outcome may be sent twice."""
+    """Hold a restored message for an operator: it may have been delivered since. An outcome may be sent twice."""
     for one in entry.deliveries:
         one.state = DeliveryState.READY if entry.is_outcome else DeliveryState.HELD
         one.is_possible_duplicate = True

@@ -1,4 +1,4 @@
-"""Claiming: which deliveries are attempted next, and the record that says that they are."""
+"""Claiming: choosing the next deliveries to attempt, and recording the choice."""
 
 import contextlib
 import heapq
@@ -19,7 +19,7 @@ Claimed = tuple[Entry, DeliveryEntry]
 
 
 class Claiming:
-    """Leases what is due."""
+    """Leases due deliveries."""
 
     def __init__(self, memory: Memory, index: IndexThread, journal: Journal, contents: Contents) -> None:
         self._memory = memory
@@ -33,8 +33,8 @@ class Claiming:
         """Lease what is due, and count the attempt.
 
         Returns:
-            The leases, with small contents; and when the next delivery is due that is not too old, in milliseconds
-            since the epoch.
+            The leases, with small contents; and when the next unexpired delivery is due, in milliseconds since the
+            epoch.
         """
         found: list[Claimed] = []
         try:
@@ -46,7 +46,7 @@ class Claiming:
             raise
         chosen: list[Claimed] = []
         for entry, delivery in found:
-            # While the next destination was looked at, an operator may have held it, or it may have left memory.
+            # While the next destination was searched, an operator may have held it, or it may have left memory.
             if (known := self._memory.hot.get(entry.id)) is entry and _may_be_leased(entry, delivery, now_ms):
                 chosen.append((entry, delivery))
             elif known is not None:
@@ -55,7 +55,7 @@ class Claiming:
         contents = await self._contents.small([entry for entry, _ in leases])
         try:
             next_due = await self._next_due(list(wanted), now_ms)
-        except SpoolError:  # what was leased has to be attempted, whatever became of the index meanwhile
+        except SpoolError:  # leased deliveries must be attempted, even if the index failed meanwhile
             if not leases:
                 raise
             next_due = now_ms
@@ -64,7 +64,7 @@ class Claiming:
         ], next_due
 
     async def _choose(self, destination: str, most: int, now_ms: int) -> list[Claimed]:
-        """What to attempt next: new and old in turns, and each sender in turn."""
+        """Choose the next deliveries: new and retried ones take turns, and so do senders."""
         memory = self._memory
         new = memory.waiting.take(destination, most, now_ms, was_tried=False)
         old = memory.waiting.take(destination, most, now_ms, was_tried=True)
@@ -83,7 +83,7 @@ class Claiming:
         if memory.cold[destination] > 0:
 
             def is_known(message_id: str) -> bool:
-                """Asked in the index's thread; what changes meanwhile is found out below."""
+                """Called in the index's thread; changes since then are checked below."""
                 return message_id in memory.hot or message_id in memory.unindexed
 
             cold_new, cold_old = await self._index.run(
@@ -101,7 +101,7 @@ class Claiming:
             for entry in await self._index.run(lambda index: index.load(cold)):
                 if entry.id not in memory.unindexed:
                     memory.admit(entry)
-        # What was in memory when it was looked there, and in the index when it was looked there, has been found twice.
+        # A message found first in memory and then in the index would count twice.
         for message_id, number in dict.fromkeys((one[1], one[2]) for one in candidates):
             entry_now = memory.hot.get(message_id)
             delivery = entry_now.delivery(number) if entry_now is not None else None
@@ -114,7 +114,7 @@ class Claiming:
         return chosen
 
     async def _lease(self, chosen: Sequence[Claimed]) -> list[Claimed]:
-        """Note durably that these are attempted from now on."""
+        """Record durably that these are attempted from now on."""
         memory = self._memory
         changes: dict[str, tuple[Entry, Entry, list[DeliveryEntry]]] = {}
         for entry, delivery in chosen:
@@ -153,7 +153,7 @@ class Claiming:
             if entry.is_indexed
         ]
         if rows:
-            # Where it is not known now, it is found out when the index offers them: they are in memory.
+            # If unknown now, it shows when the index offers them: they are in memory.
             with contextlib.suppress(SpoolError):
                 await self._index.run(lambda index: index.note_leased(rows))
         return [(changed, one) for _, changed, leased in changes.values() for one in leased]

@@ -1,8 +1,8 @@
-"""What time it is, and how much of it has really passed: a wall clock may be wrong, and be put right.
+"""The store's clocks: the time, and how much has really passed, as a wall clock may be wrong and be corrected.
 
-Instants of mail are those of the wall clock, since they outlive processes. Where it jumps, they move with it: the age
-of mail is the time that has passed. The time since the boot measures it, also between two processes. Across
-boots it is unknown, and a long time counts as a day.
+Times of mail are by the wall clock, since they outlive processes. If it jumps, they move with it, so that the age of
+mail is the time that has really passed. The time since boot measures that, even between two processes. Across boots it
+is unknown, and a long time counts as a day.
 """
 
 import functools
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 JUMP_MS: Final = 60_000  # less is drift
-MOST_DOWNTIME_MS: Final = 86_400_000  # between two boots, what counts towards the age of mail
+MOST_DOWNTIME_MS: Final = 86_400_000  # between two boots, the most that counts towards the age of mail
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Uptime:
     """How long the machine has been up.
 
     Attributes:
-        boot: which boot that is; "": unknown.
+        boot: the id of the boot; "": unknown.
     """
 
     boot: str
@@ -55,14 +55,14 @@ class Clocks:
     def __init__(self, wall: Callable[[], float], up: Callable[[], Uptime]) -> None:
         self._wall = wall
         self._up = up
-        self._base = (self.now_ms(), up().milliseconds)  # a moment at which mail was as old as the wall clock says
+        self._base = (self.now_ms(), up().milliseconds)  # a moment at which the wall clock gave the right age of mail
 
     def now_ms(self) -> int:
         """Milliseconds since the epoch."""
         return round(self._wall() * 1000)
 
     def jump_ms(self) -> int:
-        """By how much the wall clock was set ahead, or back, and mail has not moved with it; 0: it was not."""
+        """How far the wall clock was set ahead or back without mail having moved with it; 0: it was not."""
         wall, up = self.now_ms(), self._up().milliseconds
         jump = (wall - self._base[0]) - (up - self._base[1])
         if abs(jump) >= JUMP_MS:
@@ -71,17 +71,17 @@ class Clocks:
         return 0
 
     def have_moved(self, jump_ms: int) -> None:
-        """All mail has moved with a jump."""
+        """Note that all mail has moved with a jump."""
         self._base = (self._base[0] + jump_ms, self._base[1])
 
     def seen(self) -> dict[str, int | str]:
-        """What the next process is to know of this moment, by the clock that mail is as old as now."""
+        """This moment, for the next process, by the clock in step with the age of mail."""
         up = self._up()
         seen_ms = self._base[0] + up.milliseconds - self._base[1]
         return {"seen_ms": seen_ms, "seen_boot": up.boot, "seen_up_ms": up.milliseconds}
 
     def jump_since_ms(self, seen: Mapping[str, Any]) -> int:
-        """By how much the wall clock was set since the moment of `seen`, as far as can be known; else 0."""
+        """How far the wall clock was set since the moment of `seen`; 0 if unknown."""
         if "seen_ms" not in seen:
             return 0
         gap, up = self.now_ms() - int(seen["seen_ms"]), self._up()

@@ -1,4 +1,4 @@
-"""Compaction: segments whose messages have ended are used again, and what holds up an old one is moved out of it."""
+"""Compaction: reuses segments whose messages have ended, and moves the last live messages out of old ones."""
 
 import asyncio
 import contextlib
@@ -20,9 +20,9 @@ from otel_smtp.spool.messages import ContentLost, NoSuchMessage
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.compaction")
 
-DEAD_SEGMENTS: Final = 2  # of dead octets beyond as many as live: the log is at most twice what lives in it, and these
-MOVE_MOST: Final = 64  # messages that are moved at a time
-_NO_SEGMENT: Final = 0  # where messages lie whose records are lost, until they are written to the log again
+DEAD_SEGMENTS: Final = 2  # dead octets beyond as many as live ones: the log is at most twice these, and a little
+MOVE_MOST: Final = 64  # messages moved at a time
+_NO_SEGMENT: Final = 0  # the pseudo-segment of messages whose records are lost, until they are written to the log again
 
 
 class Compaction:
@@ -54,13 +54,13 @@ class Compaction:
         self._segment_octets = segment_octets
         self._segments: set[int] = set()
         self.has_set_aside = False
-        self._unreadable: set[int] = set()  # those that hold a content that the disk does not give back
+        self._unreadable: set[int] = set()  # segments with content that the disk cannot read
 
     def begin(self, numbers: Iterable[int]) -> Callable[[int], None]:
         """Begin with these segments. Call on the event loop.
 
         Returns:
-            To be called in any thread with the number of each segment that is begun.
+            A function to call, in any thread, with the number of each new segment.
         """
         self._segments = set(numbers)
         loop = asyncio.get_running_loop()
@@ -85,13 +85,14 @@ class Compaction:
 
     @property
     def dead_octets(self) -> int:
-        """Of segments: those that no message needs."""
+        """The octets of segments that no message needs."""
         return self._octets - self._live_octets
 
     async def compact(self) -> None:
-        """Keep the log at most twice as large as what lives in it, and a little: move what lives in its oldest segment.
+        """Keep the log at most twice as large as its live octets, plus a little: move live messages out of its oldest
+        segment.
 
-        In their order: a record that says that a message has ended must not go before the message's own.
+        Segments go in order: a record of a message's end must not be removed before the message's own.
         """
         if _NO_SEGMENT in self._memory.live:
             await self._move_out(_NO_SEGMENT)
@@ -106,9 +107,9 @@ class Compaction:
                     return
             await self._indexing.write_all()
             if oldest in self._memory.live or self._indexing.known[0] <= oldest:
-                return  # what is busy is for the next time, and so is what the index is not complete up to
-            # An earlier index, found after a loss of power, would not belong to the log any more, and would list mail
-            # that has ended since then.
+                return  # busy messages wait for the next time, and so do segments that the index does not cover yet
+            # An earlier index, found after a loss of power, would no longer match the log, and would list mail that has
+            # ended since.
             await self._index.run(Index.sync)
             self._segments.discard(oldest)
             if oldest in self._unreadable:
@@ -120,17 +121,17 @@ class Compaction:
                 await asyncio.to_thread(self._directory.retire, oldest)
 
     def _is_worth_it(self, octets: int) -> bool:
-        """Whether what lives in the oldest segment is to be moved.
+        """Whether to move the live messages of the oldest segment.
 
         Args:
-            octets: that live in it.
+            octets: the live ones in it.
         """
         if not self._directory.has_reserve and 2 * octets <= self._segment_octets <= self.dead_octets:
-            return True  # the disk is full: it takes half a segment, and gives a whole one
+            return True  # the disk is full: moving takes half a segment, and frees a whole one
         return self._octets > 2 * self._live_octets + DEAD_SEGMENTS * self._segment_octets
 
     async def _move_out(self, segment: int) -> bool:
-        """Move what lives in a segment to the end of the log; whether nothing lives in it any more."""
+        """Move live messages of a segment to the end of the log; returns whether none is left in it."""
         memory = self._memory
         while segment in memory.live:
             await self._indexing.write_all()
@@ -160,7 +161,7 @@ class Compaction:
         if entry.is_leased:  # an attempt may be reading it
             return False
         before = entry.place
-        moved = entry.copy()  # the index may just be given `entry`, with its place of before
+        moved = entry.copy()  # the index may be writing `entry`, with its old place
         entry.is_busy = True
         try:
             content = () if entry.is_large else await self._content(entry, before)
@@ -185,7 +186,7 @@ class Compaction:
         return True
 
     async def _content(self, entry: Entry, place: Place) -> Sequence[bytes] | None:
-        """The content of a message that lies in the log; None: the disk does not give it back."""
+        """The content of a message in the log; None: the disk cannot read it."""
         try:
             content = await asyncio.to_thread(self._contents.part, entry, 0, entry.octets)
         except ContentLost as error:
@@ -194,6 +195,6 @@ class Compaction:
             )
             return None
         if zlib.crc32(content) != place.crc:
-            # As it is: an attempt finds out, and it stays damaged.
+            # Moved unchanged: it stays damaged, and an attempt will notice.
             logger.critical("queued content damaged", extra={"spool_id": entry.id})
         return (content,)

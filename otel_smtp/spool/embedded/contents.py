@@ -1,4 +1,4 @@
-"""Contents: where they lie, and whether they are whole."""
+"""Contents: reading them, and checking that they are whole."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ class Contents:
         return await self._look(content, self._is_intact)
 
     async def _look(self, content: ContentRef, look: Callable[[Entry], T]) -> T:
-        """What `look`, called in a thread, finds where the content lies; if it is moved meanwhile, where it went."""
+        """Call `look` in a thread with the content's place; again if the content was moved meanwhile."""
         while True:
             entry = await self._holder(content)
             found: T | ContentLost
@@ -41,21 +41,21 @@ class Contents:
             except ContentLost as error:
                 found = error
             if (await self._holder(content)).place != entry.place:
-                continue  # its place may be another's by now
+                continue  # its old place may have been reused by now
             if isinstance(found, ContentLost):
                 raise found
             return found
 
     async def _holder(self, content: ContentRef) -> Entry:
-        """The message of a content, wherever it lies now."""
+        """The message of a content, with its current place."""
         return await self._indexing.look_up(str(content.key))
 
     def part(self, entry: Entry, start: int, octets: int) -> bytes:
-        """A part of a content; to be called in a thread.
+        """Read a part of some content; call it in a thread.
 
         Raises:
-            ContentLost: it is not there, or not all of it, or cannot be read.
-            SpoolError: it cannot be read at this moment.
+            ContentLost: it is missing, incomplete or unreadable.
+            SpoolError: it cannot be read now.
         """
         place = entry.place
         assert place is not None
@@ -75,7 +75,7 @@ class Contents:
         return crc == entry.place.crc
 
     async def small(self, entries: Sequence[Entry]) -> list[Sequence[bytes] | None]:
-        """The contents that are at hand or can be read at once, by entry."""
+        """The contents that are in memory or can be read at once, by entry."""
         found = [self._memory.take_content(entry) for entry in entries]
         if missing := [entry for entry, content in zip(entries, found, strict=True) if content is None]:
             read = iter(await asyncio.to_thread(self._read_small, missing))
@@ -87,7 +87,7 @@ class Contents:
         for entry in entries:
             content = None
             if not entry.is_large:
-                # An attempt that needs an unreadable one finds out, and reports it.
+                # An attempt that needs an unreadable one will report it.
                 with contextlib.suppress(SpoolError):
                     content = self.part(entry, 0, entry.octets)
             if content is None or entry.place is None or zlib.crc32(content) != entry.place.crc:

@@ -42,10 +42,10 @@ class DeliveryEntry:
 
     @property
     def is_pending(self) -> bool:
-        """Whether it waits for an attempt or for its end, and not for an operator."""
+        """Whether it waits for an attempt or for expiry, rather than for an operator."""
         return self.state is DeliveryState.READY or self.state is DeliveryState.LEASED
 
     def lease(self) -> None:
-        """Give it to an attempt."""
+        """Lease it for an attempt."""
         self.state = DeliveryState.LEASED
         self.epoch += 1

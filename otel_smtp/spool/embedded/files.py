@@ -1,4 +1,4 @@
-"""Files as a spool wants them: regular ones only, written whole, and what an error of the disk means."""
+"""File operations of a spool: regular files only, complete writes, and errors of the disk as spool errors."""
 
 import contextlib
 import errno
@@ -10,16 +10,16 @@ from typing import Final
 from otel_smtp.spool.messages import SpoolError, StorageBroken, StorageFull
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_OPEN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO answers at once, and is found out
+_OPEN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # opening a FIFO returns at once, so it is detected
 _ZEROS: Final = bytes(1024 * 1024)
-# Where the kernel's own code makes a durable write durable. Other file systems, such as FUSE, leave that to a server,
-# which need not do it.
+# File systems whose kernel code makes a durable write durable. Others, such as FUSE, leave that to a server, which need
+# not do it.
 _DURABLE_WRITES: Final = frozenset({"ext3", "ext4", "xfs", "btrfs"})
 _UNKNOWN_CALL: Final = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})  # to the kernel, or a sandbox
 
 
 def storage_error(error: OSError) -> SpoolError:
-    """What an error of the disk means for a message."""
+    """The spool error for an error of the disk."""
     if error.errno in _FULL:
         return StorageFull(f"the disk is full: {error}")
     return StorageBroken(f"the disk failed: {error}")
@@ -41,7 +41,7 @@ def open_regular(path: Path, flags: int) -> int:
 
 
 def write_all(file: int, data: bytes) -> None:
-    """Write all of `data`: the system may take less than it is given without saying that anything is wrong."""
+    """Write all of `data`: the system may silently take less."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(file, rest) :]
@@ -57,21 +57,21 @@ def write_all_at(file: int, data: bytes, at: int) -> None:
 
 
 def has_durable_writes(path: Path) -> bool:
-    """Whether `write_durably` may have writes below `path` made durable by the call that writes."""
+    """Whether writes below `path` can be made durable by the writing call itself; see `write_durably`."""
     return hasattr(os, "RWF_DSYNC") and file_system_of(path) in _DURABLE_WRITES
 
 
 def write_durably(file: int, data: bytes, at: int, *, in_one_call: bool) -> bool:
-    """Write all of `data` at an offset, and come back when the disk has it.
+    """Write all of `data` at an offset; returns when the disk has it.
 
-    A thread that comes back from a system call waits for the interpreter's lock, and then the event loop waits for it
-    until the thread's next call: the fewer calls, the less of both.
+    A thread that returns from a system call waits for the interpreter's lock, and then the event loop waits for the
+    thread until its next call: fewer calls mean less of both.
 
     Args:
         in_one_call: the file's directory `has_durable_writes`.
 
     Returns:
-        Whether one call will do the next time, too.
+        Whether one call will do next time too.
     """
     if in_one_call:
         try:
@@ -105,7 +105,7 @@ def read_at(file: int, at: int, octets: int) -> bytes:
 
 
 def open_whole(path: Path, octets: int) -> int | None:
-    """A file of exactly so many octets, if it is there."""
+    """Open a file if it has exactly this many octets."""
     with contextlib.suppress(FileNotFoundError):
         file = open_regular(path, os.O_RDWR)
         if os.fstat(file).st_size == octets:
@@ -115,7 +115,7 @@ def open_whole(path: Path, octets: int) -> int | None:
 
 
 def read_or_zeros(file: int, at: int, octets: int) -> bytes:
-    """`octets` from `at` on; zeros where the disk does not give them back."""
+    """`octets` from `at` on; zeros in place of unreadable ones."""
     with contextlib.suppress(OSError):
         return read_at(file, at, octets)
     return bytes(octets)
@@ -131,7 +131,7 @@ def sync_directory(path: Path) -> None:
 
 
 def file_system_of(path: Path) -> str:
-    """The kind of file system that `path` lies on, as the kernel calls it; "" where it does not say."""
+    """The kernel's name for the type of the file system of `path`; "" if unknown."""
     best, kind = "", ""
     with contextlib.suppress(OSError):
         real = os.path.realpath(path)

@@ -1,7 +1,7 @@
 """The first version's spool: a database, and files that contents shared. Its mail is carried over at the start.
 
-Each message keeps its id, so that a start that is cut short is followed by one that goes on where it ended: what the
-log has is not taken again. Only when the log has all of it, durably, is what was there removed; the database last.
+Each message keeps its id, so that after an interrupted start the next one resumes: messages already in the log are
+skipped. Only when the log durably has all of them are the old files removed, the database last.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class Carried:
     """A message of the first version.
 
     Attributes:
-        content: empty where it has a file of its own.
+        content: empty if it has its own file.
         crc: of the content.
     """
 
@@ -62,7 +62,7 @@ async def carry_over(
     """Carry the mail of a spool of the first version over, if there is one.
 
     Args:
-        add: makes some messages durable that are not known yet; given, with the last of them, what was counted.
+        add: makes some new messages durable; with the last ones it gets the old tally.
 
     Raises:
         SpoolError: it cannot be read; nothing was removed.
@@ -96,7 +96,7 @@ def _without_database(directory: SpoolDirectory) -> CarriedOver:
 
 
 def _set_aside(directory: SpoolDirectory, named: Collection[str]) -> Sequence[str]:
-    """Keep the contents that the database does not name: what it has lost may be mail."""
+    """Keep contents that the database does not name: they may be lost mail."""
     body = directory.path / "body"
     found = sorted(body.glob("*/*")) if body.is_dir() else []
     left = [path for path in found if path.name not in named]
@@ -122,7 +122,7 @@ class _Source:
     """The first version's database.
 
     Attributes:
-        files: names of the contents of the messages that were given.
+        files: names of the contents of all returned messages.
     """
 
     def __init__(self, directory: SpoolDirectory) -> None:
@@ -151,7 +151,7 @@ class _Source:
         return dict(self._database.execute("SELECT name, recipients FROM tally").fetchall())
 
     def next(self) -> Sequence[Carried]:
-        """Some more messages, in the order of their ids; none: that was all."""
+        """The next messages, in order of ids; none at the end."""
         if self._is_empty:
             return ()
         rows = self._database.execute(
@@ -177,7 +177,7 @@ class _Source:
                 reverse_path, json.loads(parameters), json.loads(carrier), list(self._deliveries(message_id)),
             )
         )  # fmt: skip
-        # The spool had no owner since its process died: what that was attempting may have succeeded.
+        # The spool has had no owner since its process died, whose attempts may have succeeded.
         entry.take_back(crashes_allowed=_CRASHES_ALLOWED, now_ms=round(time.time() * 1000))
         path = self._directory.path / "body" / file[-1] / file
         content, crc = self._copied(entry, path, offset, octets, digest)
@@ -199,14 +199,14 @@ class _Source:
             yield *row, recipients
 
     def _copied(self, entry: Entry, path: Path, offset: int, octets: int, digest: bytes) -> tuple[bytes | None, int]:
-        """A content and its checksum; None where it is gone or damaged. A large one is copied to where it lies now."""
+        """A content and its checksum; None if it is gone or damaged. Large content is copied to its new place."""
         try:
             content = self._directory.read(path, offset, octets)
         except SpoolError:
             return None, 0
         crc = zlib.crc32(content)
         if hashlib.sha256(content).digest() != digest:
-            crc ^= 0xFFFFFFFF  # it is kept for people to look at, and never taken for whole
+            crc ^= 0xFFFFFFFF  # it is kept for inspection, and never taken for whole
         if entry.is_large:
             temporary = self._directory.temporary(entry.id)
             file = open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -1,4 +1,4 @@
-"""An index that was set aside: asked, when the log was read, for messages of which the log has no record any more."""
+"""An index that was set aside: searched, after reading the log, for messages whose records the log has lost."""
 
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ class FormerIndex(Index):
         markers: of the log's segments, by number.
 
     Attributes:
-        is_current: it is whole, and of this log, which says what has ended since it was written.
+        is_current: it is whole, and belongs to this log, which has all ends since it was written.
         ids: of the messages that it knows.
 
     Raises:
@@ -23,7 +23,7 @@ class FormerIndex(Index):
     """
 
     def __init__(self, path: Path, markers: Mapping[int, bytes]) -> None:
-        self._path = None  # SQLite alone sees to its files
+        self._path = None  # only SQLite handles its files
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
@@ -42,11 +42,11 @@ class FormerIndex(Index):
             return False
         meta = self.meta()
         segment = int(meta["segment"])
-        # Where there is no log at all, or was none yet, it is all there is.
+        # Without a log, or before there was one, the index is the only source.
         return not markers or segment == 0 or (segment in markers and meta["marker"] == markers[segment].hex())
 
     def tell(self, ids: Sequence[str], reason: str) -> list[NotFound]:
-        """What it knows of these messages, which for some reason nothing else knows."""
+        """The facts of these messages, which only this index knows, and the reason."""
         wanted = set(ids)
         return [
             NotFound(message_id, sender, recipients.strip("\n").split("\n"), reason, is_queued=False)

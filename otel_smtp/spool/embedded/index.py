@@ -1,9 +1,9 @@
-"""The index: what waits, in an SQLite database that can be made again out of the log at any time.
+"""The index: waiting messages in an SQLite database that can be rebuilt from the log at any time.
 
-It holds every message that is older than a moment; what comes and goes within that moment never touches it. So taking
-and delivering mail does not wait for it, and what needs order among many (what is due, lists, searches) does not wait
-for all of them to be read. It is written in the background, without a sync of its own: it says up to where in the log
-it is complete, and the log is read from there on at the next start.
+It holds every message older than a moment; messages that come and go within that moment never touch it. So accepting
+and delivering mail does not wait for it, and queries over many messages (due ones, lists, searches) need not read all
+of them. It is written in the background, without its own sync: it records up to where in the log it is complete, and
+the next start reads the log from there.
 
 Not safe for several threads at once: all calls come from one.
 """
@@ -22,8 +22,8 @@ from otel_smtp.spool.embedded.files import open_regular, storage_error, sync_dir
 from otel_smtp.spool.messages import OUTCOME_PREFIX, DeliveryState, Kind, SpoolError, StorageBroken, StorageFull
 
 VERSION: Final = 1
-BUSY_SECONDS: Final = 5.0  # how long it is waited for while somebody else has it locked
-WAL_OCTETS: Final = 8 * 1024 * 1024  # twice what it grows to before SQLite writes it back and begins it again
+BUSY_SECONDS: Final = 5.0  # how long to wait while another process has it locked
+WAL_OCTETS: Final = 8 * 1024 * 1024  # twice its size when SQLite writes it back and starts over
 _WAL_HEAD_OCTETS: Final = 32
 _ROWS_AT_ONCE: Final = 200
 _OUTCOME: Final = f"destination >= '{OUTCOME_PREFIX}' AND destination < '{OUTCOME_PREFIX[:-1]}!'"
@@ -48,31 +48,31 @@ CREATE INDEX delivery_other ON delivery(state) WHERE state != 'ready';
 
 
 def index_error(error: sqlite3.Error) -> SpoolError:
-    """What an error of the database means."""
+    """The spool error for an error of the database."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_FULL:
         return StorageFull(f"the disk is full: {error}")
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return SpoolError(f"the index is busy: {error}")  # somebody looks at it; it comes back
+        return SpoolError(f"the index is busy: {error}")  # another process reads it; it will be free again
     return StorageBroken(f"the index failed: {error}")
 
 
 class NoIndex(Exception):
-    """There is no index that can be used; the text says why."""
+    """There is no usable index; the text says why."""
 
 
 class Index:
-    """An index in a file, or in memory where the disk has no room for one.
+    """An index in a file, or in memory if the disk has no room for one.
 
     Args:
         path: None: in memory.
 
     Attributes:
-        is_new: nothing was there.
-        messages: how many there are, once it was checked or is new.
+        is_new: there was no index.
+        messages: their number, known once it was checked, or if it is new.
 
     Raises:
-        NoIndex: it cannot be used: it is damaged, or not one of ours.
+        NoIndex: it is damaged, or not one of ours.
         SpoolError: it cannot be opened.
     """
 
@@ -95,7 +95,7 @@ class Index:
             self.make_wal_again()
 
     def make_wal_again(self) -> None:
-        """Give it a write-ahead log that has all its room, where SQLite has just made one of its own."""
+        """Replace SQLite's fresh write-ahead log by one with all its space allocated."""
         if self._path is None:
             return
         self._database.close()
@@ -103,11 +103,11 @@ class Index:
         self._connect()
 
     def _lay_out(self) -> None:
-        """Give it a write-ahead log, if it has none, that was written before: it can be used without any room.
+        """Give it a write-ahead log, if it has none, that was written in advance: it can be used on a full disk.
 
         One that begins with zeros is an empty one.
         """
-        with contextlib.suppress(OSError):  # a full disk, or what is not ours: then there is none
+        with contextlib.suppress(OSError):  # a full disk, or a foreign file: then there is none
             if self._wal.exists():
                 return
             file = open_regular(self._reserve, os.O_RDWR | os.O_CREAT)
@@ -180,7 +180,7 @@ class Index:
 
     def close(self) -> None:
         """Close it."""
-        # SQLite removes the write-ahead log, and with it the room that the next start needs on a full disk.
+        # SQLite removes the write-ahead log, and with it the space that the next start needs on a full disk.
         if self._path is not None:
             with contextlib.suppress(OSError):
                 os.link(self._wal, self._reserve)
@@ -188,8 +188,9 @@ class Index:
 
     @contextlib.contextmanager
     def filling(self) -> Iterator[None]:
-        """While it is made again out of the log: what it finds things by is made at the end, all at once, and a crash
-        meanwhile costs nothing but the work, so nothing is written twice or synced before the end."""
+        """For rebuilding from the log: SQL indexes are created at the end, all at once, and a crash costs only the work
+        so far, so nothing is written twice or synced before the end.
+        """
         self._database.execute("PRAGMA journal_mode = MEMORY")
         self._database.execute("PRAGMA synchronous = OFF")
         for line in _INDEXES.splitlines():
@@ -203,16 +204,17 @@ class Index:
         finally:
             if was_collecting:
                 gc.enable()
-        # It syncs the file itself: were we to open and close it, the system would drop the locks that SQLite has on it.
+        # SQLite syncs the file itself: if we opened and closed it, the system would drop SQLite's locks on it.
         self._database.execute("PRAGMA synchronous = FULL")
         self._database.executescript(f"BEGIN;{_INDEXES}COMMIT;")
         self.make_wal_again()
 
-    # What it knows of itself -----------------------------------------------------------------------------------
+    # Its own state -----------------------------------------------------------------------------------
 
     def meta(self) -> dict[str, Any]:
-        """`segment`, `at`: up to where in the log it is complete; `messages`, `deliveries`: how many it has;
-        `seen_ms`: when that was; `is_clean`."""
+        """`segment`, `at`: up to where in the log it is complete; `messages`, `deliveries`: how many it has; `seen_ms`:
+        when that was; `is_clean`.
+        """
         return dict(self._database.execute("SELECT name, value FROM meta").fetchall())
 
     # Writing ---------------------------------------------------------------------------------------------------
@@ -221,7 +223,7 @@ class Index:
         """Bring it up to date, all or nothing.
 
         Args:
-            rows: what `row_of` made of messages that are new or have changed.
+            rows: made by `row_of` from new and changed messages.
             gone: messages that have ended.
 
         Raises:
@@ -256,7 +258,7 @@ class Index:
         self.messages, self._deliveries = messages, deliveries
 
     def sync(self) -> None:
-        """Make durable what was written, which SQLite itself does only when it moves its log into the database.
+        """Make the writes durable, which SQLite itself does only when it moves its log into the database.
 
         Raises:
             StorageFull, StorageBroken: it is not.
@@ -264,8 +266,8 @@ class Index:
         if self._path is None:
             return
         try:
-            # The log alone: SQLite's locks are on the database, and to open and close that file drops them.
-            with contextlib.suppress(FileNotFoundError):  # on a full disk SQLite could not make one, and writes nothing
+            # Only the log: SQLite's locks are on the database, and opening and closing that file would drop them.
+            with contextlib.suppress(FileNotFoundError):  # on a full disk SQLite cannot make one, and writes nothing
                 file = open_regular(self._wal, os.O_RDWR)
                 try:
                     os.fdatasync(file)
@@ -276,13 +278,13 @@ class Index:
             raise storage_error(error) from error
 
     def note_leased(self, leased: Sequence[tuple[str, int]]) -> None:
-        """Do not offer these deliveries any more. The rows follow when they are written; the log knows already."""
+        """Do not offer these deliveries any more. The log has them as leased already; their rows are written later."""
         self._database.executemany("UPDATE delivery SET state = 'leased' WHERE id = ? AND number = ?", leased)
 
     # Reading ---------------------------------------------------------------------------------------------------
 
     def load(self, ids: Sequence[str]) -> list[Entry]:
-        """The messages of these ids, those that are there, in the order of their ids."""
+        """The existing messages among these ids, in order of ids."""
         found: list[Entry] = []
         for start in range(0, len(ids), _ROWS_AT_ONCE):
             part = ids[start : start + _ROWS_AT_ONCE]
@@ -291,7 +293,7 @@ class Index:
         return found
 
     def known(self, ids: Collection[str]) -> set[str]:
-        """Those of these ids that are there."""
+        """The existing ones among these ids."""
         found: set[str] = set()
         asked = list(ids)
         for start in range(0, len(asked), _ROWS_AT_ONCE):
@@ -306,8 +308,8 @@ class Index:
             values,
         )
         entries = [_entry(*row) for row in rows]
-        # When a delivery is due is its own row's to say: a clock that is set back moves the rows alone. So is whether
-        # it is leased (`note_leased`).
+        # A delivery's own row decides when it is due: a clock set back moves only the rows. It also decides whether it
+        # is leased (`note_leased`).
         by_id = {entry.id: entry for entry in entries}
         for start in range(0, len(entries), _ROWS_AT_ONCE):
             part = [entry.id for entry in entries[start : start + _ROWS_AT_ONCE]]
@@ -323,7 +325,7 @@ class Index:
         return entries
 
     def move(self, due_ms: int, instants_ms: int, meta: Mapping[str, Any]) -> int:
-        """Do to all messages what `Entry.move` does to one; how many there are."""
+        """Do to all messages what `Entry.move` does to one; returns their number."""
         execute = self._database.execute
         try:
             execute("BEGIN")
@@ -347,14 +349,14 @@ class Index:
     def due(
         self, destination: str, now_ms: int, most: int, *, was_tried: bool, is_known: Callable[[str], bool]
     ) -> list[tuple[int, str, int, str]]:
-        """The first deliveries that are due, and not too old: since when, message, number, sender.
+        """The first due, unexpired deliveries: due time, message, number, sender.
 
         Args:
-            is_known: whether a message, by its id, is passed over: the caller knows more of it than its row has.
-                While nothing can be written, such rows may be the first thousands.
+            is_known: whether to skip a message, by its id, because the caller has newer facts than its row. While
+                nothing can be written, such rows may be the first thousands.
         """
         found: list[tuple[int, str, int, str]] = []
-        # CROSS JOIN is SQLite's way to say which table leads.
+        # CROSS JOIN makes SQLite begin with the left table.
         rows = self._database.execute(
             "SELECT due, id, number, delivery.sender FROM delivery CROSS JOIN message USING (id)"
             " WHERE state = 'ready' AND destination = ? AND tried = ? AND due <= ?"
@@ -370,7 +372,7 @@ class Index:
         return found
 
     def next_due(self, destination: str, now_ms: int) -> int | None:
-        """When the next delivery is due that is not too old."""
+        """When the next unexpired delivery is due."""
         times = [
             due
             for tried in (0, 1)
@@ -384,7 +386,7 @@ class Index:
         return min(times, default=None)
 
     def overdue(self, now_ms: int, most: int, *, outcomes: bool) -> list[str]:
-        """Messages that are too old, and wait, also for an operator where they age meanwhile; or outcomes."""
+        """Expired waiting messages, including held ones that age; or outcomes."""
         return self._ids(
             "SELECT DISTINCT message.id FROM message CROSS JOIN delivery ON delivery.id = message.id"  # noqa: S608 - ours
             f" WHERE expires <= ? AND state IN ('ready', 'held') AND ({_OUTCOME}) = ? LIMIT ?",
@@ -392,7 +394,7 @@ class Index:
         )
 
     def unwarned(self, before_ms: int, most: int) -> list[str]:
-        """Messages that arrived before, were attempted, and whose sender is due a warning."""
+        """Attempted messages that arrived before, and whose sender must be warned."""
         return self._ids("SELECT id FROM message WHERE unwarned <= ? ORDER BY unwarned LIMIT ?", (before_ms, most))
 
     def leased(self) -> list[str]:
@@ -400,11 +402,11 @@ class Index:
         return self._ids("SELECT DISTINCT id FROM delivery WHERE state = 'leased'", ())
 
     def in_segment(self, segment: int, most: int) -> list[str]:
-        """Messages that lie in a segment."""
+        """The messages in a segment."""
         return self._ids("SELECT id FROM message WHERE segment = ? LIMIT ?", (segment, most))
 
     def segments(self) -> dict[int, tuple[int, int]]:
-        """How many messages lie in each segment, and the octets of their records."""
+        """The number of messages in each segment, and the octets of their records."""
         return {
             segment: (messages, octets)
             for segment, messages, octets in self._database.execute(
@@ -413,14 +415,15 @@ class Index:
         }
 
     def destinations(self) -> dict[str, int]:
-        """How many deliveries there are for each destination."""
+        """The number of deliveries for each destination."""
         return dict(
             self._database.execute("SELECT destination, count(*) FROM delivery GROUP BY destination").fetchall()
         )
 
     def outcomes(self) -> tuple[dict[str, int], int, int]:
-        """Outcomes that wait for each destination or are leased; how many there are in all, held ones among them, and
-        the octets of their records."""
+        """Waiting or leased outcomes per destination; the number of all outcomes, including held ones, and the octets
+        of their records.
+        """
         by_destination = self._database.execute(
             f"SELECT destination, count(*) FROM delivery WHERE {_OUTCOME}"  # noqa: S608 - ours
             " AND state IN ('ready', 'leased') GROUP BY destination"
@@ -432,7 +435,7 @@ class Index:
         return dict(by_destination.fetchall()), messages, octets
 
     def oldest(self, destination: str) -> int | None:
-        """When the first of what waits for a destination came; the ids begin with the time."""
+        """The arrival of the oldest waiting message of a destination; the ids begin with the time."""
         row = self._database.execute(
             "SELECT arrived FROM message WHERE id ="
             " (SELECT min(id) FROM delivery WHERE state = 'ready' AND destination = ?)",
@@ -441,12 +444,12 @@ class Index:
         return None if row is None else int(row[0])
 
     def larges(self) -> Iterator[str]:
-        """Messages whose content has a file of its own."""
+        """Messages whose content has its own file."""
         for (message_id,) in self._database.execute("SELECT id FROM message WHERE content_at < 0"):
             yield message_id
 
     def large_octets(self) -> dict[str, int]:
-        """The contents that have files of their own: how many octets, by message."""
+        """The octets of contents with their own files, by message."""
         rows = self._database.execute(
             "SELECT id, json_extract(entry, '$[8]') FROM message WHERE content_at < 0"  # a place in `Entry.encode`
         )
@@ -459,7 +462,7 @@ class Index:
     def _ids(self, statement: str, values: Sequence[Any]) -> list[str]:
         return [message_id for (message_id,) in self._database.execute(statement, values)]
 
-    # What operators ask ----------------------------------------------------------------------------------------
+    # For operators ----------------------------------------------------------------------------------------
 
     def counts(self, now_ms: int) -> dict[str, Any]:
         """Deliveries of mail by state, `deferred` of the ready ones; `oldest` and `next_due`, in milliseconds."""
@@ -489,7 +492,7 @@ class Index:
         return self._entries(f"WHERE id > ? AND {chosen} ORDER BY id LIMIT ?", (after, most))
 
     def find(self, trace_id: str | None, sender: str | None, recipient: str | None, most: int) -> list[Entry]:
-        """The first mail that fits all that is given."""
+        """The first mail that matches all given conditions."""
         wanted = [
             (condition, value)
             for condition, value in (
@@ -504,10 +507,10 @@ class Index:
 
 
 def row_of(entry: Entry, text: str | None = None) -> tuple[Any, ...]:
-    """A message as `Index.write` wants it.
+    """The row of a message for `Index.write`.
 
     Args:
-        text: what `Entry.encode` makes of it, where that is at hand.
+        text: the result of `Entry.encode`, if known.
     """
     place = entry.place
     assert place is not None

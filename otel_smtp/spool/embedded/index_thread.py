@@ -1,4 +1,4 @@
-"""The one thread that the index is used in."""
+"""The one thread that uses the index."""
 
 import asyncio
 import sqlite3
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 class IndexThread:
-    """Does one thing after the other with the index, in the order in which they are asked for.
+    """Runs operations on the index one after the other, in the order of the calls.
 
     Args:
-        latch: takes an error after which the disk cannot be trusted.
+        latch: called with an error after which the disk cannot be trusted.
 
     Attributes:
-        index: the index, once `begin` was called; only to be used within the thread.
+        index: the index, once `begin` was called; use it only within the thread.
     """
 
     def __init__(self, latch: Callable[[StorageBroken], None]) -> None:
@@ -41,7 +41,7 @@ class IndexThread:
         self._executor = None
 
     async def run(self, work: Callable[[Index], T]) -> T:
-        """Do something with the index.
+        """Run an operation on the index.
 
         Raises:
             SpoolError: it failed, or the spool is closed.
@@ -52,7 +52,7 @@ class IndexThread:
         return await self.call(lambda: work(index))
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Do something in the thread; errors as `run`."""
+        """Run a function in the thread; errors as `run`."""
         if self._executor is None:
             raise SpoolError("the spool is closed")
         try:
@@ -68,6 +68,6 @@ class IndexThread:
             raise SpoolError("the spool is closed") from error
 
     def _tell(self, error: SpoolError) -> None:
-        # What waits is found by the index: where that is broken, mail must not go on being taken.
+        # Waiting mail is found by the index: if that is broken, no more mail must be accepted.
         if isinstance(error, StorageBroken):
             self._latch(error)

@@ -1,7 +1,7 @@
-"""Memory and index brought together: what is looked up in both, and what is written from the one into the other.
+"""Memory and index together: looking messages up in both, and writing them from memory to the index.
 
-A message is written to the index when it has been in memory for a moment, and then forgotten. What comes and goes
-within that moment never touches the index.
+A message is written to the index after a moment in memory, and then dropped from memory. Messages that come and go
+within that moment never touch the index.
 """
 
 import asyncio
@@ -18,16 +18,16 @@ from otel_smtp.spool.embedded.memory import Memory, Position
 from otel_smtp.spool.embedded.records import RecordKind
 from otel_smtp.spool.messages import NoSuchMessage, SpoolError, StorageBroken
 
-COOL_SECONDS: Final = 2.0  # what has been in memory for so long goes into the index
+COOL_SECONDS: Final = 2.0  # messages go into the index after this time in memory
 AGAIN_SECONDS: Final = 1.0
-FLUSH_MOST: Final = 500  # messages at a time: to encode them holds the event loop
+FLUSH_MOST: Final = 500  # messages at a time: encoding them blocks the event loop
 
 
 class Indexing:
-    """Looks messages up, and keeps the index near to what is in memory.
+    """Looks messages up, and keeps the index close to memory.
 
     Args:
-        seen: gives what the next process is to know of the clocks at this moment.
+        seen: returns the current state of the clocks, for the next process.
 
     Attributes:
         known: up to where in the log the index is complete.
@@ -46,7 +46,7 @@ class Indexing:
     # Looking up ------------------------------------------------------------------------------------------------
 
     async def get(self, message_id: str) -> Entry:
-        """A message that is not busy; in memory from now on.
+        """Take a message, when it is not busy, into memory.
 
         Raises:
             NoSuchMessage: there is none.
@@ -67,7 +67,7 @@ class Indexing:
         raise NoSuchMessage(f"no message {message_id}")
 
     async def look_up(self, message_id: str) -> Entry:
-        """A message as it is, for readers only: it is not taken into memory.
+        """A message's current state, for readers only: it is not taken into memory.
 
         Raises:
             NoSuchMessage: there is none.
@@ -85,7 +85,7 @@ class Indexing:
     # Writing ---------------------------------------------------------------------------------------------------
 
     def position(self) -> Position:
-        """From where on the log has to be read at the next start, if the index is as it is now."""
+        """From where the next start must read the log, given the current index."""
         return self._memory.first_unindexed() or self._journal.log.told
 
     async def write_all(self, *, is_clean: bool = False) -> None:
@@ -93,11 +93,11 @@ class Indexing:
         await self.write(before=float("inf"), is_clean=is_clean)
 
     async def write_cooled(self) -> None:
-        """Write what has been in memory for a moment, or is too much for it."""
+        """Write messages that have been in memory for a moment, or are too many for it."""
         await self.write(before=time.monotonic() - COOL_SECONDS)
 
     async def write(self, *, before: float, is_clean: bool = False) -> None:
-        """Write what has changed since before a moment into the index, and forget what waits."""
+        """Write older changes into the index, and drop waiting messages from memory."""
         async with self._writing:
             while True:
                 chosen = self._memory.to_be_indexed(before, FLUSH_MOST)
@@ -111,7 +111,7 @@ class Indexing:
         memory = self._memory
         rows = [row_of(entry) for _, entry in chosen if entry is not None]
         gone = [message_id for message_id, entry in chosen if entry is None]
-        # What changes meanwhile is found again in the log, from where it was first changed on.
+        # Messages changed meanwhile are found in the log, from their first change on.
         position = memory.first_unindexed({message_id for message_id, _ in chosen}) or self._journal.log.told
         for _, entry in chosen:
             if entry is not None:
@@ -132,19 +132,19 @@ class Indexing:
         return {"segment": position[0], "at": position[1], "marker": marker}
 
     async def move_clock(self, jump_ms: int, *, noted: Callable[[], None] = lambda: None) -> None:
-        """Let all messages be as old as they were before the clock was set by so much.
+        """Restore all messages' ages after the clock was set by this much.
 
-        What waits is due when it would have been, had it been set back. One that was set ahead makes mail due sooner
-        than it would be, which is no harm.
+        After a clock was set back, waiting mail keeps its due time. After one was set ahead, mail is due sooner, which
+        does no harm.
 
         Args:
-            noted: called when that is durable.
+            noted: called when this is durable.
         """
         if not jump_ms:
             return
         memory, due_ms = self._memory, min(jump_ms, 0)
         place: Position = (0, 0)
-        busy: list[tuple[str, int]] = []  # their next records, with instants of before, lie behind this one
+        busy: list[tuple[str, int]] = []  # their next records, with old times, come after this one
 
         def durable(step: Step[None]) -> None:
             nonlocal place
@@ -158,7 +158,7 @@ class Indexing:
                 memory.waiting.offer(entry)
 
         await self.write_all()
-        async with self._writing:  # else the index could be said to be complete behind the record before it has moved
+        async with self._writing:  # otherwise the index could be marked complete beyond the record before it has moved
             record = dumps({"moved_ms": due_ms, "aged_ms": jump_ms, "ended": {}})
             await self._journal.append([(RecordKind.CLOCK, record, ())], durable=durable)
             position = self.position()
@@ -168,7 +168,7 @@ class Indexing:
                     await self._index.run(lambda index: index.move(due_ms, jump_ms, meta))
                 except StorageBroken:
                     raise
-                except SpoolError:  # it is busy, or full; what was moved here has to be moved there
+                except SpoolError:  # it is busy, or full; messages moved in memory must be moved in the index too
                     await asyncio.sleep(AGAIN_SECONDS)
                 else:
                     break
@@ -182,5 +182,5 @@ class Indexing:
 
 
 def clock_meta(place: Position) -> dict[str, int]:
-    """What the index is to say of the last clock record that it knows of."""
+    """The index's meta data about the last clock record that it covers."""
     return {"clock_segment": place[0], "clock_at": place[1]}

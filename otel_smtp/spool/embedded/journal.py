@@ -1,7 +1,7 @@
-"""Records: written to the log, and noted in memory when they are durable.
+"""The journal writes records to the log, and notes them in memory when they are durable.
 
-What a record says is noted by its step, never by the task that waits for it: that may resume after the records behind
-it are reported, when the index may be said to be complete up to one of them.
+A record is noted by its step, never by the task that waits for it: the task may resume only after later records are
+reported, when the index may already be marked complete up to one of them.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from otel_smtp.spool.messages import Lease, SpoolError, StorageBroken
 from otel_smtp.spool.promises import Promise
 from otel_smtp.spool.store import Notice
 
-# Looked up in its class, a member costs as much as a call.
+# Looking a member up in its class costs as much as a call.
 _MAIL: Final = Room.MAIL
 _RESULT: Final = Room.RESULT
 _MESSAGE: Final = RecordKind.MESSAGE
@@ -24,7 +24,7 @@ _END: Final = RecordKind.END
 
 
 class Journal:
-    """Writes what happens to messages.
+    """Writes the changes of messages.
 
     Args:
         now_ms: gives milliseconds since the epoch.
@@ -33,7 +33,7 @@ class Journal:
     Attributes:
         memory, now_ms: as above.
         log: where the records go; set by `begin`.
-        is_closing: no new mail is taken, and nothing waits for company.
+        is_closing: no new mail is accepted, and no step waits to share a sync.
     """
 
     log: Log
@@ -51,7 +51,7 @@ class Journal:
         self._loop = asyncio.get_running_loop()
 
     def latch(self, error: SpoolError) -> None:
-        """Note an error; after one that says that the disk cannot be trusted, nothing is written any more."""
+        """Note an error; after one that makes the disk untrustworthy, nothing more is written."""
         if isinstance(error, StorageBroken) and self._log is not None:
             self._log.latch(error)
 
@@ -71,8 +71,9 @@ class Journal:
         """Write records.
 
         Args:
-            durable: notes what they say, called before the records behind them are reported.
-            failed: called instead where they are not; one of the two is, also where the answer is no longer awaited.
+            durable: called to note them, before later records are reported.
+            failed: called instead if they are not durable; one of the two is always called, even if nothing awaits the
+                answer.
         """
         step = _Work(parts, ended or {}, durable, failed)
         try:
@@ -85,10 +86,10 @@ class Journal:
     def add(
         self, entry: Entry, content: Sequence[bytes], crc: int | None, *, is_new: bool = True
     ) -> Promise[Sequence[Lease]]:
-        """Write a message that has come. The answer is given when it is durable.
+        """Write a new message. The answer is given when it is durable.
 
         Args:
-            crc: of the content, where it has a file of its own.
+            crc: of the content, if it has its own file.
         """
         step = _Addition(self.memory, entry, content, crc, is_new=is_new)
         try:
@@ -106,11 +107,11 @@ class Journal:
         *,
         is_urgent: bool = True,
     ) -> Promise[None]:
-        """Have `changed` take the place of `entry`, which is not busy, with the notices that report it.
+        """Replace `entry`, which must not be busy, by `changed`, together with the notices that report it.
 
         Args:
-            changed: None: nothing is left of it.
-            ended: by how many recipients the tally grows, by name.
+            changed: None: the message ends.
+            ended: the increments of the tally, by name.
         """
         if changed is None:
             parts: list[Part] = [(_END, f'{{"id":"{entry.id}","ended":{_tally(ended)}}}', ())]
@@ -141,7 +142,7 @@ class Journal:
 
 
 class _Work(Step[None]):
-    """Records about several messages, or none; see `Journal.append`."""
+    """A step with records about several messages, or none; see `Journal.append`."""
 
     __slots__ = ("_durable", "_failed")
 
@@ -164,7 +165,7 @@ class _Work(Step[None]):
 
 
 class _Addition(Step[Sequence[Lease]]):
-    """A message that has come."""
+    """The step of a new message."""
 
     __slots__ = ("_content", "_crc", "_entry", "_memory")
 
@@ -190,7 +191,7 @@ class _Addition(Step[Sequence[Lease]]):
 
 
 class _Change(Step[None]):
-    """A message that changes, or ends, with the notices that report it."""
+    """The step of a message that changes, or ends, with the notices that report it."""
 
     __slots__ = ("_added", "_changed", "_entry", "_journal")
 
@@ -233,8 +234,8 @@ def message_part(entry: Entry, content: Sequence[bytes], crc: int | None, *, is_
     """The record of a message.
 
     Args:
-        crc: of the content, where it is not what the record's own content has to be measured by: it has a file of its
-            own, or is moved, and may have been damaged before.
+        crc: of the content, unless computed from the record's own: the content has its own file, or is moved and may
+            already have been damaged.
     """
     return _MESSAGE, f"[{int(is_new)},{'null' if crc is None else crc},{entry.encode()}]", content
 

@@ -1,4 +1,4 @@
-"""Deliveries out: what is attempted, ended for its age, or shown for a warning."""
+"""Deliveries out: leased for an attempt or for expiry, or shown for a warning."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -8,7 +8,7 @@ from otel_smtp.spool.messages import DeliveryState, Lease, NoSuchMessage, SpoolE
 
 
 class EmbeddedLeasing(EmbeddedParts):
-    """Gives deliveries out."""
+    """Leases deliveries."""
 
     async def claim(
         self, wanted: Mapping[str, int]
@@ -44,7 +44,7 @@ class EmbeddedLeasing(EmbeddedParts):
             except SpoolError:
                 if not leases:
                     raise
-                break  # those before are leased, and have to be ended
+                break  # the earlier ones are leased, and must be ended
             leases += [changed.lease_of(one) for one in waiting]
         return leases
 

@@ -1,21 +1,21 @@
-"""The log: segments that are only appended to, by one thread, which makes durable in one go whatever waits for it.
+"""The log: append-only segments, written by one thread, which makes all waiting steps durable at once.
 
-While the thread syncs, more work gathers; that becomes the next group. A message that is complete while more are on
-their way waits, a moment at most, until half of all are complete: each group costs as much as some messages, and while
-one half is synced, the event loop has the other half to receive. So a lone message waits for nobody, and under load one
-sync serves many. The order within a group is the promise::
+Steps that arrive while the thread syncs form the next group. A message that is complete while others are still arriving
+waits, a moment at most, until half of all are complete: each group costs as much as some messages, and while one half
+is synced, the event loop receives the other half. So a lone message does not wait, and under load one sync serves many.
+The order within a group keeps the promise of 250::
 
     records written and segment synced (in one system call where that can be relied on) > 250
 
-A segment is a file of fixed size that has been written before, so that a sync has nothing to do but the data. A new one
-is made ready while nobody waits, mostly out of one whose messages have all ended; before the first record in it counts,
-its head is synced, its name moved into place and the directory synced.
+A segment is a file of fixed size that has been written before, so that a sync writes only the data. A new one is
+prepared while nothing waits, mostly from one whose messages have all ended; before the first record in it counts, its
+head is synced, its name moved into place and the directory synced.
 
-An error that says that the disk cannot be trusted *latches*: nothing is written any more until the gateway was started
-again, since a delivery whose result cannot be recorded would be repeated without end. A full disk is less: new mail is
-refused; deliveries go on, since they make room, in a segment that is kept in reserve; and the last part of each segment
-is kept for the results of what is being delivered. After a start on a full disk they go on where the log ended: each
-start would use up a segment else, and a disk that stays full gives none.
+An error that makes the disk untrustworthy *latches*: nothing more is written until the gateway is restarted, since a
+delivery whose result cannot be recorded would be repeated without end. A full disk is less severe: new mail is refused;
+deliveries continue, since they make room, in a segment kept in reserve; and the last part of each segment is kept for
+the results of deliveries under way. After a start on a full disk they continue where the log ended: otherwise each
+start would use up a segment, and a full disk has none.
 """
 
 import asyncio
@@ -42,12 +42,12 @@ from otel_smtp.spool.promises import Promise
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.log")
 
 SEGMENT_OCTETS: Final = 8 * 1024 * 1024
-RESULTS_SHARE: Final = 16  # one part in so many of a segment mail does not take where there is no other one
-BEGIN_OCTETS: Final = 4096  # its first record is not longer
-GROUP_MOST: Final = 512  # steps that share a sync: beyond, the first would wait for the last
+RESULTS_SHARE: Final = 16  # without another segment, mail leaves one part in this many of the last one free
+BEGIN_OCTETS: Final = 4096  # the most that its first record may have
+GROUP_MOST: Final = 512  # most steps that share a sync: with more, the first would wait long for the last
 GROUP_OCTETS: Final = 2 * 1024 * 1024
-GATHER_SECONDS: Final = 0.005  # a delivery's result waits so long for a message that comes in, to share its sync
-COMPANY_SECONDS: Final = 0.001  # a message waits so long for others that are on their way
+GATHER_SECONDS: Final = 0.005  # how long a delivery's result waits for an incoming message, to share its sync
+COMPANY_SECONDS: Final = 0.001  # how long a message waits for others that are arriving
 
 T = TypeVar("T")
 
@@ -56,11 +56,11 @@ Part = tuple[RecordKind, str, Sequence[bytes]]
 
 
 class Room(IntEnum):
-    """What a step may take where the disk is full: each more than the one before."""
+    """The space that a step may use on a full disk: each member more than the one before."""
 
-    MAIL = 0  # nothing that is kept for others
-    WORK = 1  # the segment in reserve: to deliver makes room, and so does to move
-    RESULT = 2  # the end of each segment, too: what was begun has to be recorded
+    MAIL = 0  # nothing that is reserved
+    WORK = 1  # the segment in reserve: delivering makes room, and so does moving
+    RESULT = 2  # the end of each segment too: begun work must be recorded
 
 
 _MAIL: Final = Room.MAIL  # looked up in its class, a member costs as much as a call
@@ -71,12 +71,12 @@ _VERBS: Final = (
 
 
 class Step(Promise[T]):
-    """Records that become durable together or not at all, and the answer for the task that waits for that.
+    """Records that become durable together or not at all, and the answer for the waiting task.
 
     Attributes:
         ended: by how many recipients the tally grows, by name.
-        room: what it may take.
-        segment, places: where the records are, once they are durable: offset, octets, offset and checksum of content.
+        room: the space it may use.
+        segment, places: of the records, once durable: offset, octets, offset and checksum of content.
     """
 
     __slots__ = ("ended", "octets", "parts", "places", "room", "segment")
@@ -98,7 +98,7 @@ class Step(Promise[T]):
 
     @abstractmethod
     def is_durable(self) -> T:
-        """Note what the records say, which are durable; called on the event loop, in the order of the log.
+        """Note the records, which are now durable; called on the event loop, in the order of the log.
 
         Returns:
             The answer.
@@ -113,20 +113,20 @@ Outcome = tuple[Sequence[Step[Any]], SpoolError | None]
 
 
 class Log:
-    """Appends, in a thread of its own.
+    """Appends records, in its own thread.
 
     Args:
-        tally: recipients by what became of them, up to here.
-        next_number: of the segment that the first record begins.
-        previous_end: where the last record of the segment before ends.
-        markers: of the segments that are there, by number.
-        has_begun: called in the thread with the number of each segment that was begun.
-        timings: gets each group's.
+        tally: recipients by their ends, up to here.
+        next_number: of the segment that the first record will begin.
+        previous_end: the end of the last record in the previous segment.
+        markers: of the existing segments, by number.
+        has_begun: called in the thread with the number of each new segment.
+        timings: gets each group's timing.
 
     Attributes:
-        markers, tally: as above, up to what was synced last.
-        told: up to where everybody has been told: segment and offset. Changes on the event loop.
-        fault: why nothing is written any more; None: it is.
+        markers, tally: as above, up to the last sync.
+        told: up to where durability has been reported: segment and offset. Changes on the event loop.
+        fault: why nothing more is written, or None.
     """
 
     def __init__(
@@ -157,16 +157,16 @@ class Log:
         self.tally = tally
         self.told = (self._number, self._at)
         self._steps: deque[Step[Any]] = deque()
-        # Woken by a token where it sleeps: an `Event` costs several times as much.
+        # A token wakes the thread: an `Event` costs several times as much.
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_asleep = False
-        self._is_urgent = False  # something waits that is to be written without waiting for more
+        self._is_urgent = False  # an urgent step waits, which must be written without waiting for more
         self._will_wake = False  # at the end of this turn of the loop, or of the next
         self._is_stopping = False
         self._writes_in_one_call = directory.has_durable_writes
-        self._nudge: asyncio.TimerHandle | None = None  # wakes the thread for what is not urgent
-        self._complete = 0  # messages, since the thread was last to hurry
-        self._expected = 0  # messages on their way, but for those of which one was waited for in vain
+        self._nudge: asyncio.TimerHandle | None = None  # wakes the thread for steps that are not urgent
+        self._complete = 0  # messages since the thread was last told to hurry
+        self._expected = 0  # arriving messages, except those that were awaited in vain
         self._round = 0  # how often that was
         self._company: asyncio.TimerHandle | None = None  # until a message waits for them
         self._loop = asyncio.get_running_loop()
@@ -178,7 +178,7 @@ class Log:
         """Make a step durable. Call on the event loop.
 
         Raises:
-            SpoolError: nothing can be written any more, or not so much at once.
+            SpoolError: nothing more can be written, or the step is too large.
         """
         if self.fault is not None:
             raise self.fault
@@ -197,10 +197,10 @@ class Log:
             self._nudge = self._loop.call_later(GATHER_SECONDS, self._have_gathered)
 
     def expect(self) -> int:
-        """A message is on its way: those that are complete wait for it, for a moment.
+        """A message is arriving: complete ones wait for it, for a moment.
 
         Returns:
-            What `expect_no_more` is to be given.
+            The argument for `expect_no_more`.
         """
         self._expected += 1
         return self._round
@@ -208,13 +208,13 @@ class Log:
     def expect_no_more(self, since: int) -> None:
         """A message has come, or will not. Call before its own step is appended."""
         if since != self._round:
-            return  # it was waited for in vain, and is not expected any more
+            return  # it was awaited in vain, and is no longer expected
         self._expected -= 1
         if self._company is not None and self._complete >= self._expected:
             self._hurry()
 
     def _have_waited(self) -> None:
-        """Some that are on their way take longer than others are to wait: these are not waited for again."""
+        """Some messages arrive too slowly for others to wait: do not wait for these again."""
         self._company = None
         if self._steps:
             self._round += 1
@@ -222,15 +222,15 @@ class Log:
             self._hurry()
 
     def _hurry(self) -> None:
-        """Have the thread write what has been appended, as soon as it can."""
+        """Let the thread write all appended steps as soon as it can."""
         self._complete = 0
         if self._company is not None:
             self._company.cancel()
             self._company = None
-        self._is_urgent = True  # behind the step: who takes this back takes the step
+        self._is_urgent = True  # after the step: taking the token includes taking the step
         if self._is_asleep and not self._will_wake:
-            # What else comes in this turn of the loop shares the sync; where more is on its way, what comes in the next
-            # one, too: to wake the thread for each half of what arrives together costs more than it gains.
+            # Steps from this turn of the loop share the sync; if more messages are arriving, those from the next turn
+            # too: waking the thread twice for messages that arrive together costs more than it gains.
             self._will_wake = True
             self._loop.call_soon(self._wake_in_next_turn if self._expected else self._wake_if_asleep)
 
@@ -243,7 +243,7 @@ class Log:
             self._wake()
 
     def _have_gathered(self) -> None:
-        """What is not urgent has waited for long enough, unless it was written with something else."""
+        """Steps that are not urgent have waited long enough, unless they were written with others."""
         self._nudge = None
         if self._steps:
             self._wake()
@@ -258,11 +258,11 @@ class Log:
 
     @property
     def is_idle(self) -> bool:
-        """Whether all that was asked for is written. Call on the event loop."""
+        """Whether all steps are written. Call on the event loop."""
         return self._is_asleep and not self._is_urgent and not self._steps
 
     async def close(self) -> None:
-        """Write what was asked for, and stop. Idempotent."""
+        """Write all steps, and stop. Idempotent."""
         self._is_stopping = True
         self._wake()
         await asyncio.to_thread(self._thread.join)
@@ -272,7 +272,7 @@ class Log:
     def _run(self) -> None:
         while not (self._is_stopping and not self._steps):
             self._is_asleep = True
-            if not self._is_urgent:  # what comes from here on finds it asleep
+            if not self._is_urgent:  # steps that come after this find it asleep
                 self._wakes.get()
             self._is_asleep = False
             while self._is_urgent:
@@ -298,7 +298,7 @@ class Log:
         try:
             self._write(group, outcomes)
         except Exception:
-            # Our bug fails the group it met, and nothing else: the thread serves on.
+            # A bug of ours fails only its group: the thread goes on.
             logger.exception("spool failed: internal error")
             told = {id(step) for steps, _ in outcomes for step in steps}
             outcomes.append(([step for step in group if id(step) not in told], SpoolError("internal error")))
@@ -322,12 +322,12 @@ class Log:
                         step.fail(error)
                 except Exception:
                     logger.exception("spool failed: internal error")
-                    if not step.done():  # a waiter is not left without an answer: twice is better than never
+                    if not step.done():  # a waiter without an answer would hang: delivering twice is better
                         step.fail(SpoolError("internal error"))
         self.told = told
 
     def _write(self, group: Sequence[Step[Any]], outcomes: list[Outcome]) -> None:
-        """Make a group durable; what became of it is noted in `outcomes`."""
+        """Make a group durable, and note the results in `outcomes`."""
         while group:
             if self.fault is not None:
                 outcomes.append((group, self.fault))
@@ -340,7 +340,7 @@ class Log:
                 self._begin_segment(is_for_results=False)
             except OSError as error:
                 fault = storage_error(error)
-                # Mail waits for room; the rest goes into what is kept for it, as far as that reaches.
+                # Mail waits for room; other steps go into the reserved space, as far as that lasts.
                 refused = [step for step in group if step.room is Room.MAIL]
                 group = [step for step in group if step.room is not Room.MAIL]
                 if group and not self._that_fit(group) and not self._has_gone_on() and not self._has_begun_reserve():
@@ -353,9 +353,9 @@ class Log:
                 outcomes.append((refused, fault))
 
     def _has_gone_on(self) -> bool:
-        """Go on in the segment that was the last one before this start, if there is one that can be written.
+        """Continue in the segment that was the last one before this start, if it is writable.
 
-        What was torn behind its last record is cut off first: shorter records would leave some of it behind them.
+        First cuts off a torn end behind its last record: shorter records would leave some of it behind them.
         """
         if self._file >= 0 or self.fault is not None or self._number not in self.markers:
             return False
@@ -365,7 +365,7 @@ class Log:
             return False
         try:
             rest = os.pread(file, self._segment_octets, self._at)
-            is_whole = len(rest) == self._segment_octets - self._at  # beyond its end there may be no room
+            is_whole = len(rest) == self._segment_octets - self._at  # the disk may have no room beyond its end
             if is_whole and (torn := rest.rstrip(b"\0")):
                 write_all_at(file, bytes(len(torn)), self._at)
                 os.fdatasync(file)
@@ -378,7 +378,7 @@ class Log:
         return True
 
     def _has_begun_reserve(self) -> bool:
-        """Go on in the segment that is kept for results, if there is one."""
+        """Continue in the segment reserved for results, if there is one."""
         if self.fault is not None:
             return False
         try:
@@ -389,7 +389,7 @@ class Log:
         return True
 
     def _that_fit(self, group: Sequence[Step[Any]]) -> Sequence[Step[Any]]:
-        """The first steps of a group that the segment has room for."""
+        """The first steps of a group that fit into the segment."""
         if self._file < 0:
             return ()
         at = self._at
@@ -434,19 +434,19 @@ class Log:
                 tally[name] = tally.get(name, 0) + recipients
 
     def _take_back(self, start: int, octets: int) -> None:
-        """Leave nothing of a group that was not made durable, as far as the disk lets us."""
+        """Remove a group that did not become durable, as far as the disk allows."""
         with contextlib.suppress(OSError):
             os.pwrite(self._file, bytes(octets), start)
             os.fdatasync(self._file)
 
     def _begin_segment(self, *, is_for_results: bool) -> None:
-        """Go on in a new segment.
+        """Continue in a new segment.
 
         Raises:
             OSError: there is none.
         """
         number, marker = self._number + 1, records.new_marker()
-        while os.path.lexists(self._directory.segment(number)):  # no segment of ours: see `SpoolDirectory.foreign`
+        while os.path.lexists(self._directory.segment(number)):  # not a segment of ours: see `SpoolDirectory.foreign`
             number += 1
         begin = dumps({"previous_end": self._at, "tally": self.tally, "now_ms": self._now_ms()})
         packed, octets, _ = records.pack(

@@ -1,7 +1,7 @@
-"""The messages that are in memory: those that are new, being attempted, or changed within the last moment.
+"""The messages in memory: new ones, those being attempted, and recently changed ones.
 
-All state changes on the event loop, when the record of the change is durable, and in the order of the log. So what is
-seen is what would be found after a crash, and the first record that the index does not know is the first one noted.
+All state changes on the event loop, once the record of the change is durable, and in the order of the log. So memory
+shows exactly what a restart after a crash would find, and the first record that the index lacks is the first one noted.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ from otel_smtp.spool.embedded.waiting import Waiting
 from otel_smtp.spool.messages import DeliveryState, Kind
 
 HOT_MOST: Final = 20_000
-CONTENTS_OCTETS: Final = 4 * 1024 * 1024  # of contents that are kept
+CONTENTS_OCTETS: Final = 4 * 1024 * 1024  # octets of kept contents
 
-# Looked up in its class, a member costs as much as a call; and so does the constructor of a named tuple.
+# Looking a member up in its class costs as much as a call; so does a NamedTuple's constructor.
 _OUTCOME: Final = Kind.OUTCOME
 _READY: Final = DeliveryState.READY
 _place: Final = partial(tuple.__new__, Place)
@@ -29,20 +29,20 @@ Position = tuple[int, int]
 
 
 class Memory:
-    """What is in memory, and what is known of what is not.
+    """The messages in memory, and the numbers of all others.
 
     Attributes:
-        hot: messages by id; each as its last durable record says.
-        waiting: their deliveries that wait.
-        unindexed: what is not in the index as it is, in the order of the log: since when, by the monotonic clock; from
-            where on in the log; the message, or None: it has ended.
-        cold: deliveries in the index alone, by destination.
+        hot: messages by id, each as in its last durable record.
+        waiting: their waiting deliveries.
+        unindexed: messages newer than in the index, in the order of the log: since when, by the monotonic clock; from
+            where in the log; the message, or None if it has ended.
+        cold: deliveries only in the index, by destination.
         live: messages and octets of their records, by segment.
-        messages: how many there are in all.
-        large_octets: of the contents that lie in files of their own.
-        lost: messages whose contents are nowhere.
+        messages: the number of all messages.
+        large_octets: of the contents with their own files.
+        lost: messages whose contents are missing.
         outcomes: deliveries of outcomes that wait or are being attempted, by destination.
-        outcome_messages: how many messages are outcomes, held ones among them; `outcome_octets`.
+        outcome_messages: how many messages are outcomes, including held ones; `outcome_octets`.
     """
 
     def __init__(self) -> None:
@@ -57,19 +57,18 @@ class Memory:
         self.outcomes: Counter[str] = Counter()
         self.outcome_messages = 0
         self.outcome_octets = 0
-        self._free: dict[str, asyncio.Event] = {}  # waited for, until the message of that id is not busy
-        # Of messages that have just come and wait for an attempt: what is attempted at once need not be read again.
+        self._free: dict[str, asyncio.Event] = {}  # awaited until the message with this id is not busy
+        # Contents of new messages that wait for an attempt, which then need not be read.
         self._contents: dict[str, Sequence[bytes]] = {}
         self._contents_octets = 0
 
-    # What the log says -----------------------------------------------------------------------------------------
+    # Notes from the log -----------------------------------------------------------------------------------------
 
     def note(self, entry: Entry, position: Position) -> None:
-        """A message is new, or has changed: its record is durable at `position`. Call in the order of the log.
+        """A message is new or has changed: its record is durable at `position`. Call in the order of the log.
 
         Args:
-            entry: not the object that was noted before, where it has changed: that one may be on its way into the
-                index.
+            entry: for a change, a new object: the one noted before may be on its way into the index.
         """
         if entry.kind is _OUTCOME and (changed := self.hot.get(entry.id)) is not None:
             self._count_waiting(changed, -1)
@@ -84,11 +83,11 @@ class Memory:
 
     @property
     def octets(self) -> int:
-        """Of all mail, with what the log says of it."""
+        """The octets of all mail, with its records in the log."""
         return self.large_octets + sum(octets for _, octets in self.live.values()) - self.outcome_octets
 
     def note_new(self, entry: Entry, step: Step[Any], part: int, crc: int | None) -> None:
-        """A message has come: the record is a step's part of that number."""
+        """A message is new: its record is this part of a step."""
         entry.place = self.place(entry, step, part, crc)
         self.messages += 1
         if entry.is_large:
@@ -96,18 +95,18 @@ class Memory:
         if entry.kind is _OUTCOME:
             self._count_outcome(entry, 1)
         position = (step.segment, step.places[part][0])
-        if entry.id in self.unindexed:  # one of that id has ended a moment ago
+        if entry.id in self.unindexed:  # one with this id ended a moment ago
             self.note(entry, position)
             return
         self.hot[entry.id] = entry
         self.unindexed[entry.id] = (time.monotonic(), position, entry)
         for one in entry.deliveries:
-            if one.state is _READY:  # else, as most, it is being attempted
+            if one.state is _READY:  # otherwise, like most, it is being attempted
                 self.waiting.offer(entry)
                 break
 
     def note_end(self, entry: Entry, position: Position) -> None:
-        """A message has ended: the record that says so is durable at `position`. Call in the order of the log."""
+        """A message has ended: the record of its end is durable at `position`. Call in the order of the log."""
         self.hot.pop(entry.id, None)
         if self._contents:
             self._drop_content(entry)
@@ -126,11 +125,11 @@ class Memory:
             self.unindexed.pop(entry.id, None)
 
     def note_moved(self, entry: Entry, moved: Entry, step: Step[Any], crc: int, *, is_lost: bool) -> None:
-        """A message lies elsewhere from now on: the record is all of a step. Call in the order of the log.
+        """A message has moved to the only record of a step. Call in the order of the log.
 
         Args:
             crc: of its content.
-            is_lost: it has none any more.
+            is_lost: its content is lost.
         """
         assert entry.place is not None
         self._leave_large(entry)
@@ -162,10 +161,10 @@ class Memory:
                 self.outcomes[one.destination] += by
 
     def place(self, entry: Entry, step: Step[Any], part: int, crc: int | None) -> Place:
-        """Where a message lies from now on: in a step's part of that number.
+        """Set a message's place: this part of a step.
 
         Args:
-            crc: of its content, where the record's own does not cover it.
+            crc: of its content, if the record's own does not cover it.
         """
         at, octets, content_at, written_crc = step.places[part]
         segment = step.segment
@@ -176,7 +175,7 @@ class Memory:
         return _place((segment, at, octets, -1 if entry.is_large else content_at, written_crc if crc is None else crc))
 
     def leave(self, place: Place) -> None:
-        """No message lies there any more."""
+        """A place is no longer in use."""
         if (found := self.live.get(place.segment)) is not None:
             found[0] -= 1
             found[1] -= place.octets
@@ -186,20 +185,20 @@ class Memory:
     # Busy messages ---------------------------------------------------------------------------------------------
 
     def set_free(self, entry: Entry) -> None:
-        """No change of it is on its way any more."""
+        """No change of the message is under way any more."""
         entry.is_busy = False
         if (waited := self._free.pop(entry.id, None)) is not None:
             waited.set()
 
     async def until_free(self, message_id: str) -> None:
-        """Wait until no change of a message is on its way."""
+        """Wait until no change of a message is under way."""
         while (entry := self.hot.get(message_id)) is not None and entry.is_busy:
             await self._free.setdefault(message_id, asyncio.Event()).wait()
 
     # To and from the index -------------------------------------------------------------------------------------
 
     def admit(self, entry: Entry) -> Entry:
-        """Take in a message that was read from the index; what is here already is newer."""
+        """Take in a message read from the index; one that is already here is newer."""
         if (known := self.hot.get(entry.id)) is not None:
             return known
         self.hot[entry.id] = entry
@@ -209,17 +208,17 @@ class Memory:
         return entry
 
     def forget(self, entry: Entry) -> None:
-        """Leave to the index a message that it knows as it is."""
+        """Drop a message that the index has in its current state."""
         del self.hot[entry.id]
         self._drop_content(entry)
         for one in entry.deliveries:
             self.cold[one.destination] += 1
 
     def to_be_indexed(self, before: float, most: int) -> list[tuple[str, Entry | None]]:
-        """The next that are to be written, those that have waited longest first.
+        """The next messages to write to the index, those that have waited longest first.
 
         Args:
-            before: those that have waited since before that moment, unless there is too much in memory.
+            before: only those waiting since before this moment, unless memory holds too many.
         """
         chosen: list[tuple[str, Entry | None]] = []
         for message_id, (since, _, entry) in self.unindexed.items():
@@ -230,10 +229,10 @@ class Memory:
         return chosen
 
     def first_unindexed(self, without: Container[str] = ()) -> Position | None:
-        """The first record in the log that the index does not know; None: it knows all that were noted.
+        """The first record in the log that the index lacks; None: it has all that were noted.
 
         Args:
-            without: messages that are in the index by then.
+            without: messages that will be in the index by then.
         """
         # They came in the order of the log, and keep their places.
         for message_id, (_, position, _) in self.unindexed.items():
@@ -242,13 +241,13 @@ class Memory:
         return None
 
     def overlay(self, found: Sequence[Entry], fits: Callable[[Entry], bool], most: int) -> list[Entry]:
-        """What the index has found, with what is not in it as it is: what is busy cannot be written into it.
+        """Merge results from the index with newer messages in memory: busy ones cannot be written to the index.
 
         Args:
-            found: at most `most`, in the order of their ids.
+            found: at most `most`, in order of ids.
         """
         entries = {entry.id: entry for entry in found}
-        # Where it has found as many as were wanted, there may be more behind them, which come first.
+        # If it found as many as wanted, there may be more behind them, which precede these.
         last = found[-1].id if len(found) == most else None
         for message_id, (_, _, entry) in self.unindexed.items():
             if entry is not None and fits(entry) and (last is None or message_id <= last):
@@ -260,7 +259,7 @@ class Memory:
     # Contents --------------------------------------------------------------------------------------------------
 
     def keep_content(self, entry: Entry, content: Sequence[bytes]) -> None:
-        """Keep the content of a message that has just come, if it is to be attempted at once and there is room."""
+        """Keep the content of a new message, if it will be attempted at once and there is room."""
         if self._contents_octets + entry.octets > CONTENTS_OCTETS:
             return
         for one in entry.deliveries:
@@ -270,7 +269,7 @@ class Memory:
                 return
 
     def take_content(self, entry: Entry) -> Sequence[bytes] | None:
-        """The content, if it is here; it is not kept any longer."""
+        """Take the content, if it is here; it is kept no longer."""
         content = self._contents.get(entry.id)
         self._drop_content(entry)
         return content

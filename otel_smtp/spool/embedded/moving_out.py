@@ -1,4 +1,4 @@
-"""Messages on their way into another store."""
+"""Moving messages to another store."""
 
 import asyncio
 
@@ -8,16 +8,16 @@ from otel_smtp.spool.messages import MovedMessage, SpoolError
 
 
 class MovingOut(EmbeddedParts):
-    """Gives messages away for good."""
+    """Gives messages to another store."""
 
     async def begin_move(self, where: str) -> None:
         """From here on, until `end_move`, no gateway may deliver from this directory.
 
         Args:
-            where: names the other store.
+            where: the name of the other store.
 
         Raises:
-            SpoolError: it cannot be noted, or a move into another store has begun and not ended.
+            SpoolError: it cannot be noted, or a move to a different store is unfinished.
         """
         try:
             before = await asyncio.to_thread(self.directory.moving)
@@ -47,7 +47,7 @@ class MovingOut(EmbeddedParts):
         return (await self.indexing.look_up(message_id)).moved(self._now_ms())
 
     async def forget(self, message_id: str) -> None:
-        """End a message that another store has: as if it had never been accepted here."""
+        """Remove a message that another store has, as if it had never been accepted here."""
         entry = await self.indexing.get(message_id)
         name, recipients = entry.accepted
         await self.journal.change(entry, None, {name: -recipients})

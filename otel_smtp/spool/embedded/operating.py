@@ -1,4 +1,4 @@
-"""What operators see and do."""
+"""Operators' queries and commands."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ class EmbeddedOperating(EmbeddedParts):
     # Seeing ----------------------------------------------------------------------------------------------------
 
     async def counts(self) -> Counts:
-        """See `Store.counts`; where there is very much, a few seconds old."""
+        """See `Store.counts`; a few seconds old in a very large spool."""
         now = time.monotonic()
         memory = self.memory
         if self._counted is None or memory.messages < COUNT_CACHE_FROM or now - self._counted[0] > COUNT_CACHE_SECONDS:
@@ -78,7 +78,7 @@ class EmbeddedOperating(EmbeddedParts):
         found = await self.index.run(lambda index: index.page(after, most, outcomes=outcomes))
         entries = self.memory.overlay(found, lambda entry: entry.id > after and entry.is_outcome is outcomes, most)
         if not entries and len(found) == most:
-            # All of these have ended meanwhile; what follows has not.
+            # All of these have ended meanwhile, but not the following ones.
             return await self.page(found[-1].id, most, outcomes=outcomes)
         return [entry.shown() for entry in entries]
 
@@ -144,7 +144,7 @@ class EmbeddedOperating(EmbeddedParts):
 
 
 def _count(entry: Entry, counted: dict[str, Any], now_ms: int) -> None:
-    """Count a message in what the index has counted."""
+    """Adjust the index's counts for a message."""
     for one in entry.deliveries:
         is_later = one.state is DeliveryState.READY and one.due_ms > now_ms
         name = "deferred" if is_later else one.state.value

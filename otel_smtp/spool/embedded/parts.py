@@ -1,4 +1,4 @@
-"""What the parts of the embedded store's class have in common."""
+"""The common base of the embedded store's classes."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from otel_smtp.spool.messages import Timings
 
 
 class EmbeddedParts:
-    """What `EmbeddedStore` is made of, for the classes that it is put together from; it makes them."""
+    """The parts of `EmbeddedStore`, which makes them, for its base classes."""
 
     directory: SpoolDirectory
     timings: Timings

@@ -1,4 +1,4 @@
-"""What lies in lost+found/, put back."""
+"""Putting back messages from lost+found/."""
 
 import asyncio
 import zlib
@@ -16,11 +16,11 @@ from otel_smtp.spool.store import NotFound, Rebuilt
 
 
 class Rebuilding(EmbeddedOperating):
-    """Queues again what was set aside."""
+    """Queues messages again that were set aside."""
 
     _alarm: str | None = None
     _not_found: Sequence[NotFound] = ()  # when the store was opened
-    _rebuilding: asyncio.Lock  # what one puts back must not be put back by another meanwhile
+    _rebuilding: asyncio.Lock  # two rebuilds must not put back the same message
 
     async def _look_aside(self) -> None:
         aside = len(await asyncio.to_thread(self.directory.aside))
@@ -31,14 +31,14 @@ class Rebuilding(EmbeddedOperating):
         return self._alarm
 
     async def rebuild(self) -> Rebuilt:
-        """See `Store.rebuild`: what lies in lost+found/ and has its envelope."""
+        """See `Store.rebuild`: restores files in lost+found/ that have their envelope."""
         async with self._rebuilding:
             return await self._rebuild()
 
     async def _rebuild(self) -> Rebuilt:
         told: list[str] = []
         tally = await self.tally()
-        # Recipients that were counted as accepted, and are nowhere; the count itself may be lost with the log.
+        # Recipients counted as accepted that are missing; the count itself may be lost with the log.
         missing = tally.get("accepted", 0) - sum(tally.get(end.value, 0) for end in End) - await self._recipients()
         for path in await asyncio.to_thread(self.directory.aside):
             try:
@@ -67,7 +67,7 @@ class Rebuilding(EmbeddedOperating):
         return Rebuilt(told, not_found)
 
     async def _look_for_contents(self, told: list[str]) -> list[NotFound]:
-        """The messages whose contents nothing gives back; of those that are whole again, people are told."""
+        """The messages whose contents remain lost; reports those that are whole again."""
         await self.indexing.write_all()
         not_found: list[NotFound] = []
         for message_id in await self.index.run(Index.corrupt):
@@ -96,7 +96,7 @@ class Rebuilding(EmbeddedOperating):
             return None
 
     async def _is_wanted(self, found: Found) -> bool:
-        """Whether a message that was found is not queued, or not with a content that is whole."""
+        """Whether a found message is not queued, or only without whole content."""
         known = await self._known(found.entry.id)
         if known is None or not known.is_corrupt:
             return known is None
@@ -113,7 +113,7 @@ class Rebuilding(EmbeddedOperating):
         return True
 
     async def _give_back(self, path: Path, known: Entry, found: Found) -> None:
-        """Give a queued message its content back: held, as it may have been delivered before that was lost."""
+        """Give a queued message its content back, and hold it, as it may have been delivered before the loss."""
         entry = await self.indexing.get(known.id)
         if entry.is_leased:
             return

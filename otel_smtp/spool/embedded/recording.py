@@ -1,4 +1,4 @@
-"""Results: the outcome of an attempt, with the messages that report it."""
+"""Results: recording an attempt's outcome, with the messages that report it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from otel_smtp.spool.store import Notice, Pending
 
 
 class EmbeddedRecording(EmbeddedParts):
-    """Notes results."""
+    """Records results."""
 
     def finish(
         self,

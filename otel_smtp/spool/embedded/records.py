@@ -1,13 +1,13 @@
-"""The form of a segment: a head, then records one after the other, each with checksums of its own.
+"""The format of a segment: a head, then records one after the other, each with its own checksums.
 
-A record is a header, a text (JSON, what the record says) and a content (a mail's, or nothing)::
+A record is a header, a text (JSON, the facts) and a content (a mail's, or nothing)::
 
     marker (8) | kind, flags (1 + 1) | 0 (2) | octets of text, of content (4 + 4) | synced (4)
                | CRC-32 of text, of content, of this header (4 + 4 + 4)
 
-The marker is random, of this segment alone: neither a mail's content nor what a reused file held before can pass for a
+The marker is random and unique to the segment: neither a mail's content nor a reused file's old octets can pass for a
 record. The header's checksum covers its place. `synced` is how far the segment was durable when the record was written,
-so that a scan can distinguish damage to what was answered 250 from a tail that was torn before any answer.
+so that a scan can tell damage to acknowledged records from a tail torn before any answer.
 """
 
 import os
@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import Final, NamedTuple
 
 FORMAT: Final = 2
-"""Of the spool; the first version's was a database with a file for each group of messages."""
+"""The spool's format; the first version was a database with a file for each group of messages."""
 
 _MAGIC: Final = b"OTELSPL"
 _HEAD: Final = struct.Struct("<7sB8sQI")
@@ -29,14 +29,14 @@ FIRST: Final = 32  # where records begin
 
 
 class RecordKind(IntEnum):
-    """What a record says."""
+    """The kinds of records."""
 
     BEGIN = 1  # the first of a segment
-    MESSAGE = 2  # a new message, or one that is moved here, with its content
-    STATE = 3  # a message as it is from now on, without its content
-    LEASE = 4  # deliveries that are attempted from now on
-    END = 5  # nothing is left of a message
-    CLOCK = 6  # the clock was set back, and all that waits with it
+    MESSAGE = 2  # a new message, or one moved here, with its content
+    STATE = 3  # a message's new state, without its content
+    LEASE = 4  # deliveries now being attempted
+    END = 5  # the end of a message
+    CLOCK = 6  # the clock was set back, and all waiting mail with it
 
 
 class NewerFormat(Exception):
@@ -44,12 +44,12 @@ class NewerFormat(Exception):
 
 
 class Record(NamedTuple):
-    """A record as it was found.
+    """A record found by a scan.
 
     Attributes:
         at, end: offsets within its segment. `content_at`: of its content.
-        has_more: it is one step with the record that follows.
-        is_intact: the content is what was written.
+        has_more: it forms one step with the next record.
+        is_intact: the content is undamaged.
     """
 
     kind: int
@@ -64,12 +64,12 @@ class Record(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the next one begins."""
+        """The offset of the next one."""
         return self.content_at + self.content_octets
 
 
 class Damage(NamedTuple):
-    """Octets that are no record, between records."""
+    """Octets between records that form no record."""
 
     at: int
     end: int
@@ -82,10 +82,10 @@ def head(number: int, marker: bytes) -> bytes:
 
 
 def read_head(data: bytes) -> tuple[int, bytes] | None:
-    """The number and the marker of a segment; None where this is no head.
+    """The number and the marker of a segment; None if this is no head.
 
     Raises:
-        NewerFormat: it is one, of a version that we do not know.
+        NewerFormat: it is one of an unknown version.
     """
     if len(data) < _HEAD.size:
         return None
@@ -98,14 +98,14 @@ def read_head(data: bytes) -> tuple[int, bytes] | None:
 
 
 def new_marker() -> bytes:
-    """A marker that cannot be guessed."""
+    """Make an unguessable marker."""
     return os.urandom(8)
 
 
 def pack(
     marker: bytes, kind: int, text: bytes, content: Sequence[bytes], *, at: int, synced: int, has_more: bool
 ) -> tuple[list[bytes], int, int]:
-    """A record in pieces, to be written at `at`; the octets of all, and the checksum of its content."""
+    """Encode a record for offset `at`: its pieces, their octets, and the checksum of its content."""
     octets = crc = 0
     for piece in content:
         octets += len(piece)
@@ -119,7 +119,7 @@ def pack(
 
 
 def _record(data: memoryview, marker: bytes, at: int) -> tuple[Record | None, int]:
-    """The record at `at`, or None where its text is damaged; and where it ends: `at` where there is no header."""
+    """The record at `at`, or None if its text is damaged; and its end, which is `at` if there is no header."""
     if at + HEADER_OCTETS > len(data):
         return None, at
     header = data[at : at + _HEADER.size]
@@ -138,12 +138,12 @@ def _record(data: memoryview, marker: bytes, at: int) -> tuple[Record | None, in
 
 
 def is_record(data: memoryview, at: int) -> bool:
-    """Whether there is an intact header of a record at `at`, of whatever segment."""
+    """Whether there is an intact record header at `at`, of any segment."""
     return at + HEADER_OCTETS <= len(data) and _record(data, bytes(data[at : at + 8]), at)[1] > at
 
 
 def scan(data: bytes, marker: bytes) -> Iterator[Record | Damage]:
-    """All records of a segment, in order, with the damage between them; what follows the last one is not reported.
+    """All records of a segment, in order, with the damage between them; octets behind the last one are not reported.
 
     Args:
         data: the segment, with its head.
@@ -156,7 +156,7 @@ def scan(data: bytes, marker: bytes) -> Iterator[Record | Damage]:
             yield record
             at = end
             continue
-        # The length of a header that is intact can be relied on; else the next one is looked for.
+        # An intact header's length can be trusted; otherwise search for the next header.
         following = end if end > at and _record(view, marker, end)[1] > end else _next(data, view, marker, at + 1)
         if following is None:
             return

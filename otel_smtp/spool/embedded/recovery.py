@@ -1,7 +1,7 @@
-"""What is done before a spool is used: the index is brought up to what the log says, or made again out of it.
+"""Recovery before a spool is used: the index is brought up to date with the log, or rebuilt from it.
 
-The log is the truth. Of its last segment, what was torn before anybody was answered is cut off. Damage before that is
-kept in lost+found/, and the rest goes on. No message is dropped because the index does not know it.
+The log is the truth. In its last segment, a tail torn before any answer is cut off. Damaged parts before that are kept
+in lost+found/, and the rest is used. No message is dropped because the index lacks it.
 """
 
 import contextlib
@@ -34,16 +34,16 @@ _HELD_MOST: Final = 5000  # messages in memory while the log is read
 
 @dataclass
 class Recovered:
-    """A spool, ready to be used.
+    """A spool, ready for use.
 
     Attributes:
         markers: of the segments that are there, by number.
-        clock_jump_ms: by how much the clock was set since the spool was used last; 0: it was not.
+        clock_jump_ms: how far the clock was set since the spool was last used; 0: it was not.
         tally: recipients by what became of them.
-        lost: messages whose content is gone or damaged; newly_lost: those of which the log does not say so yet.
+        lost: messages whose content is gone or damaged; newly_lost: those not yet recorded as such in the log.
         remarks: what operators should know, in words.
         alarms: what was set aside and may be mail, in words.
-        not_found: messages that an index of another time, or a damaged one, knew, and the log does not.
+        not_found: messages in an old or damaged index that are not in the log.
     """
 
     index: Index
@@ -60,8 +60,8 @@ class Recovered:
 
 
 def recover(directory: SpoolDirectory, clocks: Clocks, *, is_index_trusted: bool) -> Recovered:
-    """Make index and log agree. Where the disk has no room for the index, it is made in memory, and that in the file
-    stays as it is: deliveries make room, so they must go on.
+    """Make index and log agree. If the disk has no room for the index, it is made in memory, and the one in the file
+    stays unchanged: deliveries make room, so they must continue.
 
     Args:
         is_index_trusted: False: it is made again.
@@ -77,7 +77,7 @@ def recover(directory: SpoolDirectory, clocks: Clocks, *, is_index_trusted: bool
             raise
         logger.warning("no room for the index of the spool: made in memory", extra={"fault": str(error)})
     recovered = _Recovery(directory, clocks, is_index_trusted=False, is_in_memory=True).run()
-    # What was moved or kept aside is found only once.
+    # Files that were moved or set aside are found only once.
     recovered.remarks[:0] = [one for one in first.remarks if one not in recovered.remarks]
     recovered.alarms[:0] = [one for one in first.alarms if one not in recovered.alarms]
     return recovered
@@ -91,8 +91,8 @@ class _Recovery:
         self._is_in_memory = is_in_memory
         self._directory = directory
         self._clocks = clocks
-        self._clock_place = (0, 0)  # of the last clock record that the index knows of
-        self._recorded: set[str] = set()  # messages as a record before that one says
+        self._clock_place = (0, 0)  # of the last clock record that the index covers
+        self._recorded: set[str] = set()  # messages last recorded before that one
         self.remarks: list[str] = [f"{path} is not ours, and is left alone" for path in directory.foreign()]
         self._markers: dict[int, bytes] = {}
         self._ends: dict[int, int] = {}
@@ -103,10 +103,10 @@ class _Recovery:
         self.alarms: list[str] = []
         self._larges = directory.larges()
         self._ended: set[str] = set()  # of those that have a file of their own
-        self._texts: dict[str, str | None] = {}  # of those that still are as their own record says
-        self._is_complete = True  # whatever was answered is known
+        self._texts: dict[str, str | None] = {}  # of those still in the state of their own record
+        self._is_complete = True  # all acknowledged records are known
         self._former: FormerIndex | None = None
-        self._unfound: set[str] = set()  # messages that it knows, and that have not ended as far as the log was read
+        self._unfound: set[str] = set()  # messages that it has, and that have not ended in the log as read so far
         self._not_found: list[NotFound] = []
         self._why_not = "it was being replaced"  # the index that was set aside
 
@@ -137,7 +137,7 @@ class _Recovery:
         finally:
             if self._former is not None:
                 self._former.close()
-        if not self._is_in_memory:  # else it is asked again, once there is room for what it knows
+        if not self._is_in_memory:  # otherwise it is asked again once there is room
             self._directory.keep_former_index(is_needed=bool(self._not_found))
         jump_ms = self._clocks.jump_since_ms(self._seen)
         if jump_ms:
@@ -200,10 +200,10 @@ class _Recovery:
     # The index -------------------------------------------------------------------------------------------------
 
     def _index(self, numbers: Sequence[int]) -> tuple[Index, tuple[int, int]]:
-        """The index, and from where on the log is to be read."""
+        """Open or make the index; returns it, and from where to read the log."""
         path = self._directory.index_path
         beginning = (numbers[0] if numbers else 0, FIRST)
-        self._is_complete &= path.exists()  # of what the log has lost, the index alone knows
+        self._is_complete &= path.exists()  # only the index knows what the log has lost
         if self._is_in_memory:
             self._is_complete = False
             return Index(None), beginning
@@ -238,10 +238,10 @@ class _Recovery:
         self._directory.set_index_aside()
         return Index(path), beginning
 
-    # What an index knew that cannot be used ---------------------------------------------------------------------
+    # Messages of an unusable index ---------------------------------------------------------------------
 
     def _open_former(self) -> None:
-        """Have an index at hand that was set aside, until the log is read: it may know of mail that is not there."""
+        """Open an index that was set aside, until the log is read: it may know mail that the log lacks."""
         path = self._directory.former_index
         if not path.exists():
             return
@@ -256,7 +256,7 @@ class _Recovery:
         self._remark(f"the index that was set aside cannot be read: which messages it knew is unknown: {error}")
 
     def _ask_former(self, numbers: set[int]) -> None:
-        """Find what was set aside with the index that cannot be used, and the log does not know."""
+        """Find messages that only the unusable index has."""
         former, index = self._former, self._index_in_use
         assert former is not None
         unfound = sorted(self._unfound - index.known(self._unfound))
@@ -276,7 +276,7 @@ class _Recovery:
             self._cannot_read_former(error)
 
     def _keep_unfound(self, entries: Sequence[Entry], numbers: set[int]) -> None:
-        """Queue messages whose records are lost: they have not ended, or the log would say so."""
+        """Queue messages whose records are lost: they have not ended, or the log would have their ends."""
         for entry in entries:
             assert entry.place is not None
             if entry.is_large and entry.place.segment not in numbers:
@@ -308,7 +308,7 @@ class _Recovery:
         is_last = number == numbers[-1]
         end = self._known_end(numbers[numbers.index(number) + 1]) if not is_last else None
         found = self._cut(number, data, found, end)
-        step: list[Record] = []  # records that count together: a step that is torn has not happened
+        step: list[Record] = []  # records of one step: a torn step has not happened
         for one in found:
             if isinstance(one, Damage):
                 self._set_aside(number, data, one)
@@ -327,7 +327,7 @@ class _Recovery:
                 self._write()
 
     def _known_end(self, following: int) -> int | None:
-        """Where the last record of a segment ends, as the one behind it says."""
+        """The end of a segment's last record, according to the next segment."""
         path = self._directory.segment(following)
         data = self._directory.read(path, 0, min(path.stat().st_size, 1 << 20))
         first = next(records.scan(data, self._markers[following]), None)
@@ -338,7 +338,7 @@ class _Recovery:
     def _cut(
         self, number: int, data: bytes, found: list[Record | Damage], known_end: int | None
     ) -> list[Record | Damage]:
-        """What counts of a segment: without what was torn before anybody was answered."""
+        """The valid part of a segment, without a tail torn before any answer."""
         all_records = [one for one in found if isinstance(one, Record)]
         synced = max((one.synced for one in all_records), default=FIRST)
         kept: list[Record | Damage] = []
@@ -370,7 +370,7 @@ class _Recovery:
         self._directory.set_aside(f"damaged-{number}-{damage.at}", data[damage.at : damage.end])
 
     def _count(self, record: Record) -> None:
-        """Note what a record of the last segment says of the tally."""
+        """Apply a record of the last segment to the tally."""
         said = json.loads(record.text)
         if record.kind == RecordKind.BEGIN:
             self._tally = dict(said["tally"])
@@ -391,7 +391,7 @@ class _Recovery:
         match record.kind:
             case RecordKind.MESSAGE:
                 text = record.text.decode("ascii")
-                _, crc, values = _parse(text)  # of a content that is elsewhere, or was when it was whole
+                _, crc, values = _parse(text)  # of content that is elsewhere, or was when it was whole
                 entry = Entry.from_values(values)
                 entry.place = Place(
                     number,
@@ -435,7 +435,7 @@ class _Recovery:
                         meta["seen_ms"] = self._seen["seen_ms"] = int(self._seen["seen_ms"]) + instants_ms
                     self._index_in_use.move(due_ms, instants_ms, meta)
                     return
-                # The index has moved what it had; records before this one do not know of it.
+                # The index has moved its messages; earlier records have not.
                 for message_id in self._recorded:
                     if (recorded := self._known(message_id)) is not None:
                         recorded.move(due_ms, instants_ms)
@@ -454,7 +454,7 @@ class _Recovery:
             entry.held_ms = self._clocks.now_ms()
 
     def _known(self, message_id: str) -> Entry | None:
-        """A message as far as it has been read, to be changed by what is read next."""
+        """A message as read so far, to be changed by the following records."""
         self._texts.pop(message_id, None)
         if message_id not in self._touched:
             found = self._index_in_use.load([message_id])
@@ -477,14 +477,14 @@ class _Recovery:
             "marker": self._markers[last].hex() if last in self._markers else "",
             "is_clean": 0,
         }
-        if "seen_ms" not in self._seen:  # else what has jumped since is still to be noted
+        if "seen_ms" not in self._seen:  # otherwise later jumps are still to be noted
             meta |= self._clocks.seen()
         self._index_in_use.write((), (), meta)
 
     # Contents --------------------------------------------------------------------------------------------------
 
     def _without_content(self, numbers: set[int]) -> list[str]:
-        """Set messages aside whose content is not there, and clear away contents without a message."""
+        """Mark messages without content as corrupt, and remove contents without a message."""
         index, directory = self._index_in_use, self._directory
         needed, there = set(index.larges()), self._larges
         lost = self._lose(index.load(sorted(needed - there)), numbers)
@@ -507,7 +507,7 @@ class _Recovery:
         for entry in entries:
             assert entry.place is not None
             if entry.place.segment not in numbers:
-                # One that has a file of its own, or gets it back, is whole, as far as that is: it may be released.
+                # A message whose file is there, or is restored, is as whole as that file: it may be released.
                 entry.place = Place(0, 0, 0, -1, entry.place.crc)
             if entry.held_ms is None or not all(one.state is DeliveryState.CORRUPT for one in entry.deliveries):
                 self._newly_lost.append(entry.id)

@@ -1,4 +1,4 @@
-"""The embedded store: a log that makes mail durable, what is new of it in memory, and an index for the rest.
+"""The embedded store: a log that makes mail durable, recent messages in memory, and an index of the rest.
 
 It consists of parts, each of which knows only those before it:
 
@@ -76,11 +76,11 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
 
     Args:
         path: the directory; made where it is missing.
-        most_messages, most_octets: beyond, new mail is refused; None: never for that.
-        least_free_octets: below, new mail is refused.
-        crashes_allowed: how many crashes a message may be part of before it is held.
-        is_index_trusted: False: the index is made again out of the log.
-        moves_out: its messages go into another store: see `begin_move`.
+        most_messages, most_octets: beyond these, new mail is refused; None: no bound.
+        least_free_octets: on the disk; below this, new mail is refused.
+        crashes_allowed: the crashes during delivery after which a message is held.
+        is_index_trusted: False: rebuild the index from the log.
+        moves_out: its messages go to another store: see `begin_move`.
         clock: the wall clock, in seconds since the epoch.
         up: how long the machine has been up.
 
@@ -133,7 +133,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
     # Life ------------------------------------------------------------------------------------------------------
 
     async def open(self) -> Recovery:
-        """Own the directory, and take back what a crash left behind.
+        """Take ownership of the directory, and take back leases of a crashed process.
 
         Raises:
             SpoolError: it belongs to another process, or cannot be used.
@@ -195,7 +195,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         return recovered
 
     async def _take_over(self, recovered: Recovered) -> tuple[list[str], int]:
-        """Begin with what the index has; the messages that are held from now on, and how many attempts were cut off."""
+        """Start from the index; returns messages that are now held, and the number of interrupted attempts."""
         memory = self.memory
         live, destinations, leased, (outcomes, outcome_messages, outcome_octets) = await self.index.run(
             lambda index: (index.segments(), index.destinations(), index.load(index.leased()), index.outcomes())
@@ -218,16 +218,16 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         return held, interrupted
 
     async def _note_lost(self, ids: Sequence[str]) -> None:
-        """Have the log say which contents were found to be lost, and that these messages do not age from now on."""
+        """Record in the log which contents are lost, and that these messages no longer age."""
         noted: list[Awaitable[None]] = []
-        with contextlib.suppress(SpoolError):  # a full disk: it is found out again at the next start
+        with contextlib.suppress(SpoolError):  # a full disk: the next start finds them again
             for message_id in ids:
                 entry = await self.indexing.get(message_id)
                 noted.append(self.journal.change(entry, entry.copy(), {}))
         await asyncio.gather(*noted, return_exceptions=True)
 
     async def close(self) -> None:
-        """Finish what was asked for, and give the directory up. Idempotent."""
+        """Finish pending verbs, and release the directory. Idempotent."""
         if self.journal.is_closing or self.index.index is None:
             return
         self.journal.is_closing = True
@@ -239,11 +239,11 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         is_clean = True
         log = self.journal.log
         try:
-            if not log.is_idle:  # what is being leased is known behind it, and taken back
+            if not log.is_idle:  # leases under way are known after it, and taken back
                 await self._write_marker()
             await self._take_back([entry for entry in self.memory.hot.values() if entry.is_leased], None, [])
             if log.told != self.indexing.known or self.memory.unindexed:
-                # What was answered is followed by a record that says so: damage to it is known from a torn tail.
+                # A record follows all acknowledged ones, so that damage to them can be told from a torn tail.
                 await self._write_marker()
         except SpoolError as error:
             is_clean = False
@@ -257,7 +257,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         await asyncio.to_thread(self.directory.close)
 
     async def _write_marker(self) -> None:
-        """Write a record that changes nothing: those before it are written, and reported, when it is."""
+        """Write a record that changes nothing: when it is reported, so are all before it."""
         await self.journal.append([(RecordKind.CLOCK, dumps({"moved_ms": 0, "ended": {}}), ())])
 
     async def _take_back(self, entries: Sequence[Entry], crashes_allowed: int | None, held: list[str]) -> None:
@@ -288,7 +288,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
                     await self._look_aside()
                 told = ""
             except SpoolError as error:
-                if str(error) != told:  # twice a second would fill a disk that is full
+                if str(error) != told:  # two log lines per second would fill a full disk further
                     told = str(error)
                     logger.error("spool housekeeping failed; retrying", extra={"fault": told})
             except Exception:
@@ -325,7 +325,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
             return
         had_room = self._has_room
         has_enough = octets >= self._least_free and inodes >= LEAST_FREE_INODES
-        self._has_room = has_enough and self.directory.has_reserve  # what is queued goes first
+        self._has_room = has_enough and self.directory.has_reserve  # queued mail goes first
         if had_room and not self._has_room:
             logger.error("no room for new mail", extra={"free_octets": octets, "free_inodes_share": round(inodes, 3)})
 
@@ -343,7 +343,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         return await self._contents.is_intact(content)
 
     async def housekeep(self) -> None:
-        """See `Store.housekeep`: look at the clocks."""
+        """See `Store.housekeep`: checks the clocks."""
         if jump_ms := self._clocks.jump_ms():
             logger.warning("clock jumped; ages of queued mail unchanged", extra={"seconds": round(jump_ms / 1000)})
             await self.indexing.move_clock(jump_ms, noted=lambda: self._clocks.have_moved(jump_ms))

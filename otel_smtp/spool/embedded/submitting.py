@@ -1,4 +1,4 @@
-"""Messages in: what comes is written to the log, and answered when it is durable."""
+"""Messages in: written to the log, and answered when durable."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from otel_smtp.spool.store import Pending
 
 
 class EmbeddedSubmitting(EmbeddedParts):
-    """Takes messages in."""
+    """Accepts messages."""
 
     _submitting: set[asyncio.Task[Any]]
 
@@ -42,11 +42,11 @@ class EmbeddedSubmitting(EmbeddedParts):
         )
         self._submitting.add(task)
         task.add_done_callback(self._submitting.discard)
-        # A caller that gives up waiting does not undo what is on its way to the disk.
+        # A caller that stops waiting does not undo a write under way.
         return asyncio.shield(task)
 
     async def _submit_later(self, entry: Entry, content: Sequence[bytes]) -> Sequence[Lease]:
-        """What comes faster than the index takes it waits for the index: memory is bounded."""
+        """Messages that come faster than the index takes them wait for it: memory is bounded."""
         await self.indexing.write_cooled()
         return await self.journal.add(entry, content, None)
 
@@ -68,7 +68,7 @@ class EmbeddedSubmitting(EmbeddedParts):
             draft.discard()
 
     async def _add_carried(self, found: Sequence[first_version.Carried], tally: Mapping[str, int]) -> None:
-        """Take messages of the first version in; `tally`: what it had counted, with the last of them."""
+        """Take in messages of the first version; `tally`: its counts, with the last of them."""
         ids = [one.entry.id for one in found]
         known = {entry.id for entry in await self.index.run(lambda index: index.load(ids))} | self.memory.hot.keys()
         await asyncio.gather(

@@ -1,4 +1,4 @@
-"""What is in memory and waits for an attempt, in the order in which it is due."""
+"""Deliveries in memory that wait for an attempt, in the order in which they are due."""
 
 import heapq
 from collections import Counter
@@ -10,20 +10,20 @@ from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.messages import DeliveryState
 
 Candidate = tuple[int, str, int, str]
-"""A delivery that may be attempted: since when it is due, message, its number, sender."""
+"""A delivery that may be attempted: due time, message, its number, sender."""
 
-SAMPLE = 8  # so many times what is wanted are looked at, for the sake of many senders
+SAMPLE = 8  # the sample, as a multiple of the wanted number, so that many senders are in it
 _TIDY_FROM = 1000
-_READY: Final = DeliveryState.READY  # looked up in its class, a member costs as much as a call
+_READY: Final = DeliveryState.READY  # looking a member up in its class costs as much as a call
 
 
 class Waiting:
-    """Deliveries by destination, new ones apart from those that were tried.
+    """Deliveries by destination, new ones separate from retried ones.
 
-    A delivery that changes is offered again, and what was offered before is passed over.
+    A delivery that changes is offered again, and its earlier offer is skipped.
 
     Args:
-        find: gives the message of an id as it is in memory.
+        find: returns the message in memory with an id.
     """
 
     def __init__(self, find: Callable[[str], Entry | None]) -> None:
@@ -31,7 +31,7 @@ class Waiting:
         self._heaps: dict[tuple[str, bool], list[Candidate]] = {}
 
     def offer(self, entry: Entry) -> None:
-        """Note all deliveries of a message that wait."""
+        """Note all waiting deliveries of a message."""
         for delivery in entry.deliveries:
             if delivery.state is _READY:
                 self.offer_one(entry, delivery)
@@ -42,7 +42,7 @@ class Waiting:
         heapq.heappush(heap, (delivery.due_ms, entry.id, delivery.number, entry.mail.reverse_path))
 
     def take(self, destination: str, most: int, now_ms: int, *, was_tried: bool) -> list[Candidate]:
-        """The first that are due and not too old, a sample of them; those that are not attempted are offered again."""
+        """Take a sample of the first due, unexpired ones; those not attempted are offered again."""
         heap = self._heaps.get((destination, was_tried))
         found: dict[tuple[str, int], Candidate] = {}
         while heap and heap[0][0] <= now_ms and len(found) < SAMPLE * most:
@@ -52,7 +52,7 @@ class Waiting:
         return list(found.values())
 
     def next_due(self, destination: str, now_ms: int) -> int | None:
-        """When the first is due that is not too old, in milliseconds since the epoch."""
+        """When the first unexpired one is due, in milliseconds since the epoch."""
         times: list[int] = []
         for was_tried in (False, True):
             heap = self._heaps.get((destination, was_tried))
@@ -63,10 +63,10 @@ class Waiting:
         return min(times, default=None)
 
     def tidy(self, messages: int) -> None:
-        """Forget what has changed since it was offered, where that is much.
+        """Drop outdated offers, if there are many.
 
         Args:
-            messages: how many there are in memory.
+            messages: their number in memory.
         """
         for (_, was_tried), heap in self._heaps.items():
             if len(heap) > _TIDY_FROM + 2 * messages:
@@ -74,7 +74,7 @@ class Waiting:
                 heapq.heapify(heap)
 
     def _may_come(self, candidate: Candidate, now_ms: int, *, was_tried: bool) -> bool:
-        """Whether it is as it was offered, and not too old: whatever changes that offers it again."""
+        """Whether it is unchanged since it was offered, and not expired: every change offers it again."""
         entry = self._find(candidate[1])
         return (
             entry is not None
@@ -95,7 +95,7 @@ class Waiting:
 
 
 def in_turn(new: Sequence[Candidate], old: Sequence[Candidate]) -> list[Candidate]:
-    """New ones and those tried before in turns, so that a backlog never starves new mail; and senders in turns."""
+    """New and retried ones take turns, so that a backlog never starves new mail; and so do senders."""
     both: list[Candidate] = []
     ordered_new, ordered_old = _by_sender(new), _by_sender(old)
     for number in range(max(len(new), len(old))):
@@ -104,7 +104,7 @@ def in_turn(new: Sequence[Candidate], old: Sequence[Candidate]) -> list[Candidat
 
 
 def _by_sender(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """One of each sender after the other; among those of one sender, the first one first."""
+    """Senders take turns; each sender's deliveries stay in order."""
     turns: Counter[str] = Counter()
     ordered: list[tuple[int, Candidate]] = []
     for candidate in candidates:
