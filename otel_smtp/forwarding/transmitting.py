@@ -207,7 +207,7 @@ class Transmitting(Enveloping):
         contents = answers.contents
         if answers.refusal is not None:
             self._refused_in_burst(answers)
-        elif len(contents) == 1:  # one reply for all
+        elif len(contents) == 1 and (contents[0].code < 400 or not self._connection.protocol.is_lmtp):  # one for all
             self._conclude(self._as_told(contents[0]) if answers.verdicts else contents[0])
         else:
             self._conclude_each([self._as_told(reply) for reply in contents])
@@ -233,7 +233,7 @@ class Transmitting(Enveloping):
 
     def _conclude_each(self, verdicts: Sequence[Reply]) -> None:
         """The message has a reply for each recipient."""
-        self._conclude(fold(verdicts), verdicts if len(verdicts) > 1 else ())
+        self._conclude(fold(verdicts), verdicts)
 
     def _conclude(self, reply: Reply, verdicts: Sequence[Reply] = ()) -> None:
         """The message has its reply."""

@@ -283,8 +283,11 @@ class Gateway:
         """The upstreams at this moment, in the order of preference."""
         return self._forwarder.snapshot()
 
-    async def start(self) -> None:
+    async def start(self, *, before_listening: Callable[[], None] = lambda: None) -> None:
         """Bind the listeners and accept connections at `addresses`.
+
+        Args:
+            before_listening: called when all but the ports is prepared, before the first client can connect.
 
         Raises:
             CannotListen: an address cannot be listened at.
@@ -294,6 +297,7 @@ class Gateway:
             await self._spool.start(None if self._kept_limits is None else self._kept_limits.open)
         try:
             await self._forwarder.learn(wait_seconds=LEARN_SECONDS)
+            before_listening()
             with naming_settings(self._settings):
                 self.addresses = await self._server.start()
                 if self._status_port is not None:

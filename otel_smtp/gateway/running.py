@@ -158,11 +158,12 @@ async def serve(
         CannotListen: an address cannot be listened at.
     """
     gateway = Gateway(settings, process=process)
-    await gateway.start()
-    leave_out_of_garbage_collection()
     loop = asyncio.get_running_loop()
+    asked = _Asked(at_once=at_once, replaced=replaced)
+    # Before the first client: mail that is accepted while the rest starts gets its drain too.
+    await gateway.start(before_listening=partial(asked.hear, loop))
+    leave_out_of_garbage_collection()
     loop.set_exception_handler(_LoopFaults())
-    asked = _Asked(loop, at_once=at_once, replaced=replaced)
     # With workers, the service manager hears of their parent.
     manager = ServiceManager(os.environ.get("NOTIFY_SOCKET") if process is None else None)
 
@@ -207,29 +208,27 @@ class _Asked:
         at_once, replaced: see `serve`.
     """
 
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        at_once: signal.Signals | None,
-        replaced: signal.Signals | None,
-    ) -> None:
+    def __init__(self, *, at_once: signal.Signals | None, replaced: signal.Signals | None) -> None:
         self.to_drain = asyncio.Event()
         self.to_stop_now = asyncio.Event()
         self.has_successor = False
-        self._counts = at_once is None
+        self._at_once = at_once
+        self._replaced = replaced
+
+    def hear(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Handle signals from now on."""
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
         # Their default is to end the process, without a drain.
-        for number in {signal.SIGUSR1, signal.SIGUSR2} - {at_once, replaced}:
+        for number in {signal.SIGUSR1, signal.SIGUSR2} - {self._at_once, self._replaced}:
             loop.add_signal_handler(number, _ignored, number)
-        if at_once is not None:
-            loop.add_signal_handler(at_once, self._stop_now)
-        if replaced is not None:
-            loop.add_signal_handler(replaced, self._leave_to_successor)
+        if self._at_once is not None:
+            loop.add_signal_handler(self._at_once, self._stop_now)
+        if self._replaced is not None:
+            loop.add_signal_handler(self._replaced, self._leave_to_successor)
 
     def _stop(self) -> None:
-        if self.to_drain.is_set() and self._counts:
+        if self.to_drain.is_set() and self._at_once is None:
             self.to_stop_now.set()
         self.to_drain.set()
 

@@ -213,8 +213,8 @@ class Supervision:
                 self.status = self.status or (status if status >= 0 else 1)
         elif was is _S.LEAVING:
             logger.info("worker replaced", extra={"worker": worker.place})
-        elif not self.has_served:
-            self._fail(status if status > 0 else 1, now)
+        elif was is _S.STARTING and status >= 0 and not self.has_served:
+            self._fail(status or 1, now)
         else:
             self._died(worker, was, status, now)
 
@@ -299,7 +299,10 @@ class Supervision:
         self._workforce.send(worker.process_id, number)
 
     def _fail(self, status: int, now: float) -> None:
-        """End the gateway: a worker that fails at the first start (a port in use, an invalid file) fails for all."""
+        """End the gateway: a worker that gives up at the first start (a port in use, an invalid file) fails for all.
+
+        One that a signal ended, as the kernel's when memory runs out, says nothing about the others: it is restarted.
+        """
         self.status = self.status or status
         if not self.is_stopping:
             self.stop(signal.SIGTERM, now)

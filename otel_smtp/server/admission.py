@@ -47,7 +47,7 @@ class Admission(Conversation):
             # The first octets belong to the TLS layer, or form a PROXY header, of which not one octet too many may be
             # read.
             self._stream.pause_reading()
-            self._start(self._prepare(refusal))
+            self._start(self._prepare, refusal)
         else:
             self._call(self._open, refusal)
 
@@ -169,7 +169,7 @@ class Admission(Conversation):
 
     def _upgrade(self) -> None:
         if self._protocol.phase is Phase.HANDSHAKE and not self._has_ended:
-            self._start(self._upgraded())
+            self._start(self._upgraded)
 
     async def _upgraded(self) -> None:
         self._pauses = 0
@@ -211,12 +211,12 @@ class Admission(Conversation):
         authenticator = self._policy.authenticator
         assert authenticator is not None
         self._auth = Login(authenticator.begin(mechanism, self._turn))
-        self._start(self._authenticate(self._auth, initial_response))
+        self._start(self._authenticate, self._auth, initial_response)
 
     def auth_responded(self, response: bytes) -> None:
         """See `Handler`."""
         assert self._auth is not None
-        self._start(self._authenticate(self._auth, response))
+        self._start(self._authenticate, self._auth, response)
 
     @contextlib.asynccontextmanager
     async def _turn(self, name: str) -> AsyncIterator[None]:

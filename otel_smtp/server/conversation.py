@@ -470,15 +470,15 @@ class Conversation:
         finally:
             self._house.ended(self)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Callable[..., Coroutine[Any, Any, None]], *about: Any) -> None:
         """Do rare, long work in a task."""
-        self._task = self._loop.create_task(self._run(work))
+        self._task = self._loop.create_task(self._run(work, about))
 
-    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _run(self, work: Callable[..., Coroutine[Any, Any, None]], about: Sequence[Any]) -> None:
         """The body of such a task: its end is a call from outside like any other."""
         mine = asyncio.current_task()
         try:
-            await work
+            await work(*about)
         except Exception:  # noqa: BLE001 - logged there
             self._log_failure()
             self._protocol.now_ns = time.monotonic_ns()

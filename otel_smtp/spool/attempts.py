@@ -412,8 +412,8 @@ class Attempt:
         if any(phase is DeliveryPhase.MAIL and reply is not None and reply.is_permanent for _, phase, reply in phases):
             return False
         status = refusal.enhanced
-        if status is None:
-            return True
+        if status is None:  # then the recipient's is what it was given alone, and not with the whole content
+            return not deliveries or bool(deliveries[-1].refused)
         # RFC 3463 3.2: X.1.7 and X.1.8 are about the sender's address. 3.3: X.2.Y is about a mailbox.
         return status.subject == 2 or (status.subject == 1 and status.detail not in (7, 8))
 

@@ -2,15 +2,27 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import pytest
 
 from tests.end_to_end.conftest import Client, StartGateway
 from tests.support.capture import CapturingUpstream
-from tests.support.process import GatewayProcess, until
+from tests.support.ports import unclaimed_port
+from tests.support.process import (
+    DEFAULTS,
+    GatewayProcess,
+    environment,
+    listening_sockets,
+    outliving_nobody,
+    settings_file,
+    until,
+)
 
 Connect = Callable[[int], Client]
 LOOPS: Final = pytest.mark.parametrize("uses_uvloop", [True, False], ids=["uvloop", "asyncio"])
@@ -126,6 +138,51 @@ def test_a_second_signal_ends_it_at_once(
     # What was on its way has no true answer any more: anything but 250.
     assert not client.reply().startswith("250")
     held.release()
+
+
+# The rest of the start, behind the first greeting, takes as long as there is such a file.
+_SLOW_START: Final = """
+import pathlib, time
+from otel_smtp.commands import cli
+from otel_smtp.gateway import status_port
+
+def slow():
+    while pathlib.Path("wait").exists():
+        time.sleep(0.01)
+
+status_port._import_server = slow
+cli.main()
+"""
+
+
+@LOOPS
+def test_mail_that_comes_before_all_has_started_gets_its_drain(
+    uses_uvloop: bool, upstream: CapturingUpstream, connect: Connect, tmp_path: Path
+) -> None:
+    port = unclaimed_port()
+    addresses = {"listener.address": [f"127.0.0.1:{port}"], "status.address": "127.0.0.1:0"}
+    path = settings_file({**DEFAULTS, **addresses, "upstream.url": upstream.url}, tmp_path)
+    (tmp_path / "wait").touch()
+    environ = environment({}, tmp_path, uses_uvloop=uses_uvloop)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW_START, "serve", "--config", path],
+        cwd=tmp_path,
+        env=environ,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with outliving_nobody(process):
+        until(lambda: listening_sockets(port) or None, "the gateway listens")
+        client = connect(port)
+        client.opens_content()
+        process.send_signal(signal.SIGTERM)
+        client.say("Subject: x", "")
+        (tmp_path / "wait").unlink()
+        assert client.asks(".").startswith("250 ")
+        assert client.reply().startswith(DRAINING)
+        assert process.wait(30) == 0
+    assert len(upstream.messages) == 1
 
 
 def test_a_gateway_that_cannot_start_says_why(upstream: CapturingUpstream, start: StartGateway) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -442,10 +442,15 @@ def not_nobody(mail: bytes) -> bytes | None:
 
 @asynccontextmanager
 async def bouncing(
-    tmp_path: Path, *, refuses_null: bool = True, more: Any = None, **spool: Any
+    tmp_path: Path,
+    *,
+    refuses_null: bool = True,
+    more: Any = None,
+    upstream: ScriptedUpstream | None = None,
+    **spool: Any,
 ) -> AsyncIterator[tuple[ScriptedUpstream, Gateway]]:
     """A gateway whose upstream refuses a queued mail for good."""
-    upstream = ScriptedUpstream(verdict=gone)
+    upstream = upstream or ScriptedUpstream(verdict=gone)
     if refuses_null:
         upstream.sender_verdict = not_nobody
     queue = {"mode": "queue"}
@@ -506,6 +511,33 @@ async def test_a_notice_that_cannot_leave_is_held_and_given_up_with_a_critical_l
         await states(running, [])
     (line,) = [one for one in caplog.records if one.levelname == "CRITICAL"]
     assert line.getMessage() == "notice expired undelivered"
+
+
+BARE = b"554 no\r\n"
+
+
+def no_one(_: str) -> bytes:
+    return BARE
+
+
+@pytest.mark.parametrize(
+    ("refuses", "expected"),
+    [
+        ({"faults": {Phase.DATA: Fault(Kind.REFUSE, BARE)}, "extensions": ("PIPELINING",)}, ["held"]),
+        ({"faults": {Phase.REPLY: Fault(Kind.REFUSE, BARE)}}, ["held"]),
+        ({"verdict": no_one}, []),
+        ({"lmtp_verdict": no_one, "is_lmtp": True}, []),
+    ],
+    ids=["at DATA", "with the content", "its recipient", "its recipient, by LMTP"],
+)
+async def test_a_refusal_of_a_notice_that_has_no_status_is_about_what_was_refused(
+    tmp_path: Path, refuses: Mapping[str, Any], expected: list[str]
+) -> None:
+    upstream = await ScriptedUpstream(**{"verdict": gone, **refuses}).start()
+    more = {"url": f"lmtp://127.0.0.1:{upstream.port}"} if upstream.is_lmtp else None
+    async with bouncing(tmp_path, refuses_null=False, upstream=upstream, more=more) as (_, running):
+        await states(running, expected)
+        assert upstream.kept == []
 
 
 # What upstreams say of people, in the log ------------------------------------------------------------------------

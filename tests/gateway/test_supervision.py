@@ -194,6 +194,22 @@ def test_without_processes_a_restart_waits_and_the_first_start_fails() -> None:
     assert first.status == 1
 
 
+def test_at_the_first_start_a_worker_that_gives_up_ends_all_and_one_that_a_signal_ends_is_restarted() -> None:
+    for served in (0, 1):  # whether the other one serves by then
+        processes = Processes()
+        supervision = Supervision(2, processes, drain_seconds=DRAIN_SECONDS)
+        supervision.act(0.0)
+        for process_id in (101,)[:served]:
+            supervision.ready(process_id, 1.0)
+        supervision.ended(100, -signal.SIGKILL, 2.0)  # by the kernel, when memory runs out
+        assert processes.sent[101] == []
+        supervision.act(supervision.due() or 0.0)
+        assert [place for _, place in processes.started] == [0, 1, 0]
+        supervision.ended(102, 2, 4.0)
+        assert supervision.status == 2
+        assert processes.sent[101] == [signal.SIGTERM]
+
+
 def test_one_that_was_healthy_is_restarted_without_delay_and_the_next_with_the_first() -> None:
     supervision, _ = serving(1)
     for died, delay in [(1.0, 1.0), (2.0, 2.0), (100.0, 0.0), (101.0, 1.0)]:

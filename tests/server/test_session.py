@@ -1,9 +1,11 @@
 """One session: what it makes of its forwarder, of time, and of a client that vanishes."""
 
 import asyncio
+import gc
 import ipaddress
 import random
 import ssl
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -727,6 +729,17 @@ async def test_a_proxy_header_without_end_is_not_read_on(said: bytes) -> None:
     await served.ended()
     assert served.stream.sent == replies.BAD_PROXY_HEADER.wire
     assert served.stream.octets_received <= RECEIVE_BUFFER_OCTETS
+
+
+async def test_a_session_that_is_over_before_its_preparation_began_leaves_nothing_unawaited() -> None:
+    with warnings.catch_warnings(record=True) as complaints:
+        warnings.simplefilter("always")
+        served = Served(BALANCED)
+        served.session.cancel()
+        await served.ended()
+        del served
+        gc.collect()
+    assert [str(complaint.message) for complaint in complaints] == []
 
 
 LOCAL_CLIENTS_RELAY = replace(

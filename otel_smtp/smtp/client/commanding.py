@@ -57,7 +57,6 @@ class Commanding:
         "_disabled",
         "_is_clear",
         "_is_closing",
-        "_is_lmtp",
         "_is_open",
         "_lines",
         "_max_line_octets",
@@ -72,6 +71,7 @@ class Commanding:
         "extensions",
         "fault",
         "is_in_step",
+        "is_lmtp",
         "queued",
     )
 
@@ -85,7 +85,7 @@ class Commanding:
     ) -> None:
         self.extensions = NONE
         self._disabled = disabled
-        self._is_lmtp = is_lmtp
+        self.is_lmtp = is_lmtp
         self._max_line_octets = max_reply_line_octets
         self._max_lines = max_reply_lines
         # Of a read whose answers may be cached whole; none with LMTP, whose content has several replies.
@@ -165,7 +165,7 @@ class Commanding:
 
     def send_hello(self, name: str) -> None:
         """EHLO, or LHLO to an LMTP server; forgets the upstream's earlier offer."""
-        self._hello("LHLO" if self._is_lmtp else "EHLO", name)
+        self._hello("LHLO" if self.is_lmtp else "EHLO", name)
 
     def send_helo(self, name: str) -> None:
         """HELO, for a server that refused EHLO (RFC 5321 3.2)."""

@@ -136,7 +136,7 @@ class ClientProtocol(Commanding):
             elif verb is MAIL or verb is RSET:
                 self._accepted = 0
             elif verb is CONTENT:
-                if position == size and not self._is_lmtp and not self._chunk_left:
+                if position == size and not self.is_lmtp and not self._chunk_left:
                     self._accepted = 0  # a single reply after all of the content was sent: it counts
                 elif not self._settle_content(reply, data[position : position + 3]):
                     return answers
@@ -204,7 +204,7 @@ class ClientProtocol(Commanding):
         if self._chunk_left and is_positive:
             self._break("content accepted before its end")
             return False
-        if self._is_lmtp:
+        if self.is_lmtp:
             # RFC 2033 4.2: one reply "for each previously successful RCPT command"; BDAT LAST without any has one 503.
             if self._content_left == 0:
                 self._content_left = max(1, self._accepted)
