@@ -266,6 +266,19 @@ async def test_a_mail_that_its_client_gave_up_has_no_mark_of_one_that_went_well(
 
 
 @in_a_browser
+async def test_the_mark_beside_many_outcomes_is_round() -> None:
+    """A connection with several mails has several outcomes, which need several lines."""
+    async with shown() as (_, page):
+        await page.until("document.querySelectorAll('#trace-list li').length === 25")
+        mark = "getComputedStyle(document.querySelector('.verdict'), '::before')"
+        width, height = await page.evaluate(
+            "document.querySelector('.verdict').textContent = 'refused, queued, partly relayed, relayed, aborted', "
+            f"[{mark}.width, {mark}.height]"
+        )
+        assert width == height
+
+
+@in_a_browser
 async def test_back_closes_what_was_opened() -> None:
     async with shown() as (_, page):
         await page.until("document.querySelectorAll('#trace-list li').length === 25")
@@ -344,6 +357,10 @@ async def test_on_a_telephone_a_trace_lies_over_the_list() -> None:
         assert await page.evaluate(f"[{box}.left, {box}.top, {box}.width, {box}.height]") == [0, 0, 390, 844]
         assert await page.evaluate("document.elementFromPoint(195, 400).closest('#trace') !== null")
         assert await page.evaluate("document.documentElement.scrollWidth") <= 390
+        events = "document.querySelector('.trace .events')"
+        assert await page.evaluate(f"{events}.scrollHeight <= {events}.clientHeight"), (
+            "the trace scrolls, not its parts"
+        )
         controls = "[...document.querySelectorAll('a, button, input')]"
         reachable = await page.evaluate(f"{controls}.filter((each) => !each.closest('[inert], dialog, #trace')).length")
         assert reachable == 0, "nothing below it can be reached by the keyboard"
