@@ -570,6 +570,36 @@ async def test_a_client_that_leaves_after_the_final_dot_has_its_outcome_recorded
         assert upstream.connections == 1
 
 
+@pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@both_strategies
+async def test_a_mail_whose_client_left_is_not_sent_once_more(strategy: Strategy, extensions: Sequence[str]) -> None:
+    """The upstream says that it does not have the mail. The client may send it again itself: it has no 250."""
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        ScriptedUpstream() as other,
+        relaying(settings(upstream), settings(other, "other"), strategy=strategy) as forwarder,
+    ):
+        assert (await relay(forwarder)).told.code == 250
+        upstream.faults[Phase.REPLY] = Fault(Kind.STALL, times=1)
+        seen = RecordedTransaction()
+        transaction = Awaited.begin(forwarder, MAIL, seen)
+        await transaction.recipients([BOB])
+        content = asyncio.ensure_future(transaction.content(CHUNKS))
+        await until(lambda: upstream.stalled)
+        content.cancel()
+        with suppress(asyncio.CancelledError):
+            await content
+        transaction.abort()
+        seen.end_early()
+        await upstream.say_all(b"421 4.3.2 shutting down\r\n")
+        await until(lambda: forwarder.observer.late)  # type: ignore[attr-defined]
+        assert forwarder.observer.late == seen.deliveries  # type: ignore[attr-defined]
+        assert seen.outcomes == [("up", Outcome.DEFERRED)]
+        await forwarder.close()  # after which nothing is under way
+        assert (upstream.connections, other.connections) == (1, 0)
+        assert (len(upstream.kept), len(other.kept)) == (1, 0)
+
+
 async def test_closing_does_not_wait_for_ever_for_a_message_without_a_client() -> None:
     faults = {Phase.REPLY: Fault(Kind.STALL)}
     async with ScriptedUpstream(faults=faults) as upstream, relaying(settings(upstream)) as forwarder:

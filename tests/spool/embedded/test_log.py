@@ -93,8 +93,9 @@ async def test_what_is_more_than_a_group_is_written_all_the_same(
         assert len(await ids_in(store)) == 10
 
 
+@pytest.mark.parametrize("body", [BODY, b"x" * 200_000], ids=["small", "large"])
 async def test_what_was_written_and_not_promised_is_not_there_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes
 ) -> None:
     """Its client heard 451 and sends it again."""
 
@@ -106,8 +107,9 @@ async def test_what_was_written_and_not_promised_is_not_there_later(
         kept = await queued(store)
         monkeypatch.setattr("otel_smtp.spool.embedded.log.write_durably", write_and_fail)
         with pytest.raises(StorageFull):
-            await queued(store)
+            await queued(store, None, HEADER, body)
         monkeypatch.undo()
+        assert [file for room in ("large", "tmp") for file in (store.directory.path / room).iterdir()] == []
         crashed = left_by_a_crash(store)  # before anything is written in its place
     async with opened(crashed) as (store, _):
         assert await ids_in(store) == [kept]

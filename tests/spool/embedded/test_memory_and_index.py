@@ -11,7 +11,8 @@ import pytest
 from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore
 from otel_smtp.spool.messages import DeliveryState, End, Verdict
-from tests.spool.messages import leased, message, queued
+from tests.spool.embedded.test_recovery import left_by_a_crash
+from tests.spool.messages import HEADER, leased, message, queued
 from tests.spool.stores import SEGMENT_OCTETS
 
 DELIVERED = (Verdict(0, End.DELIVERED, replies.OK),)
@@ -108,3 +109,27 @@ async def test_no_message_is_passed_over_between_pages_where_one_ends_meanwhile(
         while page := await store.page(found[-1], 1):
             found += [shown.id for shown in page]
         assert found == [*ids[2:], last]
+
+
+async def test_an_id_that_comes_again_once_its_message_has_ended_is_another_message(tmp_path: Path) -> None:
+    """As where mail is moved away and back. The index knows the first one still; the log tells them apart."""
+    async with opened(tmp_path / "spool") as store:
+        new = message()
+        await queued(store, new, HEADER, b"\r\nfirst\r\n")
+        assert [shown.id for shown in await store.page("", 10)] == [new.id]  # it is in the index
+        (lease,) = await leased(store)
+        await store.finish(lease, DELIVERED)
+        between = await queued(store)
+        await queued(store, new, HEADER, b"\r\nsecond\r\n")
+        crashed = left_by_a_crash(store)
+        await is_second(store, new.id, between)
+    async with opened(crashed) as store:
+        await is_second(store, new.id, between)
+
+
+async def is_second(store: EmbeddedStore, again: str, between: str) -> None:
+    assert [shown.id for shown in await store.page("", 10)] == sorted([again, between])
+    assert (await store.counts()).total == 2
+    content = (await store.show(again)).content
+    assert await store.read(content, 0, 1000) == HEADER + b"\r\nsecond\r\n"
+    assert sorted(lease.message_id for lease in await leased(store)) == sorted([again, between])
