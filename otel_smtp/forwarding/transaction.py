@@ -254,6 +254,8 @@ class Transaction(Delivery, MailTransaction):
         """Whether a recipient of another route can travel with those before it."""
         if route[0] is not self._route[0] or not self.is_served_by(route):
             return False
+        if not self.is_under_way and self._tried.faults:
+            return False  # every upstream of those before was tried in vain; this route may have others
         # The same upstream first, followed by others: keep those that serve both.
         self._route = [smarthost for smarthost in self._route if smarthost in route]
         self.route = [smarthost for smarthost in self.route if smarthost in route]

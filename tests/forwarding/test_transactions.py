@@ -468,6 +468,51 @@ async def test_the_first_routes_recipients_may_all_be_refused() -> None:
         assert delivered(one, two) == ["b@two.example"]
 
 
+def overlapping(first: ScriptedUpstream, second: ScriptedUpstream) -> list[UpstreamSettings]:
+    """Everybody is served by the first; those of a.example by the second as well."""
+    return [settings(first, "first"), settings(second, "second", recipients=("*@a.example",))]
+
+
+A, B = Recipient("p@a.example"), Recipient("p@b.example")
+
+
+@pytest.mark.parametrize("recipients", [[A, B], [B, A]])
+@either_grouping
+@both_strategies
+async def test_recipients_of_overlapping_routes_share_a_transaction(
+    strategy: Strategy, group: int, recipients: list[Recipient]
+) -> None:
+    async with ScriptedUpstream() as first, ScriptedUpstream() as second:
+        async with relaying(*overlapping(first, second), strategy=strategy) as forwarder:
+            assert_all_have_it_once(await relay_in_groups(forwarder, recipients, group), recipients, first)
+        assert sizes(first) == [2]
+
+
+@pytest.mark.parametrize("recipients", [[A, B], [B, A]])
+@either_grouping
+@both_strategies
+async def test_no_upstream_gets_a_recipient_that_it_does_not_serve_when_it_takes_over(
+    strategy: Strategy, group: int, recipients: list[Recipient]
+) -> None:
+    first = ScriptedUpstream(extensions=without("CHUNKING"), faults={Phase.DATA: Fault(Kind.GOODBYE)})
+    async with first, ScriptedUpstream() as second:
+        async with relaying(*overlapping(first, second), strategy=strategy) as forwarder:
+            assert (await relay_in_groups(forwarder, recipients, group)).told.code == 451
+        assert b"RCPT TO:<p@b.example>" not in second.commands
+
+
+@pytest.mark.parametrize("recipients", [[A, B], [B, A]])
+async def test_a_recipient_goes_to_the_next_upstream_that_serves_it_whoever_else_has_none(
+    recipients: list[Recipient],
+) -> None:
+    async with ScriptedUpstream(faults={Phase.GREETING: Fault(Kind.CLOSE)}) as first, ScriptedUpstream() as second:
+        async with relaying(*overlapping(first, second)) as forwarder:
+            relayed = await relay_in_groups(forwarder, recipients, 1)
+        assert relayed.codes == [250 if one is A else 451 for one in recipients]
+        assert relayed.told.code == 250
+        assert delivered(second) == ["p@a.example"]
+
+
 # Given up on the way ------------------------------------------------------------------------------------------
 
 
