@@ -309,6 +309,19 @@ async def test_a_refused_sender_refuses_its_recipients() -> None:
         assert upstream.connections == 1
 
 
+async def test_a_refused_sender_refuses_those_that_had_no_verdict_before() -> None:
+    """Bob is deferred on a connection that ends then; on the next, MAIL is refused. Each recipient counts once."""
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        await relay(forwarder)
+        upstream.verdict = {BOB.address: b"450 4.2.0 not yet\r\n"}.get
+        upstream.hangs_up_after = BOB.address
+        upstream.sender_verdict = lambda _: b"550 5.7.1 not you\r\n" if upstream.connections > 1 else None
+        relayed = await relay(forwarder, BOB, CAROL)
+        assert [str(answer) for answer in relayed.recipients] == ["450 4.2.0 not yet", "550 5.7.1 not you"]
+        (delivery,) = relayed.seen.deliveries
+        assert (delivery.accepted_count, delivery.deferred_count, delivery.refused_count) == (0, 1, 1)
+
+
 @both_strategies
 async def test_without_pipelining_nobody_is_named_behind_a_refused_sender(strategy: Strategy) -> None:
     faults = {Phase.MAIL: Fault(Kind.REFUSE, b"550 5.7.1 not you\r\n", times=1)}
@@ -551,6 +564,26 @@ async def test_smtputf8_is_not_asked_for_where_it_is_known_that_nothing_needs_it
         for kept in upstream.kept:
             is_needed = is_needed_by_all or not b"".join(kept.recipients).isascii()
             assert (b"SMTPUTF8" in kept.mail) is is_needed
+
+
+@pytest.mark.parametrize(
+    ("extensions", "last"), [(EXTENSIONS, Recipient("ä@example.net")), (("PIPELINING",), Recipient("d@example.net"))]
+)
+async def test_recipients_one_by_one_need_no_other_upstream_than_together(
+    extensions: Sequence[str], last: Recipient
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        ScriptedUpstream() as other,
+        relaying(settings(upstream), settings(other, "other")) as forwarder,
+    ):
+        transaction = Awaited.begin(forwarder, INTERNATIONAL, RecordedTransaction(INTERNATIONAL))
+        for one in (BOB, CAROL, last):
+            assert [answer.code for answer in await transaction.recipients([one])] == [250]
+        assert (await transaction.content(CHUNKS)).code == 250
+        transaction.abort()
+        assert [len(kept.recipients) for kept in upstream.kept] == [3]
+        assert other.connections == 0
 
 
 @pytest.mark.parametrize("memory_limit", [10, 100_000])
