@@ -617,6 +617,8 @@ async def test_closing_does_not_wait_for_ever_for_a_message_without_a_client() -
         assert isinstance(forwarder.observer, LateDeliveries)
         assert forwarder.observer.late == seen.deliveries
         assert seen.outcomes == [("up", Outcome.UNKNOWN)]
+        assert seen.deliveries[0].error_type is ErrorType.OUTCOME_UNKNOWN
+        assert seen.deliveries[0].failure == "the gateway ended before the reply came"
 
 
 # The client goes before the final dot -------------------------------------------------------------------------
@@ -930,6 +932,34 @@ async def test_a_mail_waits_for_a_connection_and_not_for_ever() -> None:
         assert (await waiting).told.code == 250
         assert upstream.connections == 1
         assert nothing_is_kept_out_of_step(forwarder.snapshot())
+
+
+@pytest.mark.parametrize("phase", [Phase.RCPT, Phase.REPLY])
+async def test_a_mail_that_goes_on_keeps_its_connection_whoever_waits(
+    phase: Phase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client had nothing to say for a while, and has now."""
+    monkeypatch.setattr(pool, "RECLAIM_AFTER_SECONDS", 0.02)
+    monkeypatch.setattr(pool, "RECLAIM_SOONEST_SECONDS", 0.01)
+    timeouts = replace(PATIENT, pool=SHORT)
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(settings(upstream, limits=PoolLimits(connections=1), timeouts=timeouts)) as forwarder,
+    ):
+        transaction = Awaited.begin(forwarder, MAIL, RecordedTransaction())
+        await transaction.recipients([BOB])
+        upstream.faults[phase] = Fault(Kind.LATE, times=1)
+        going_on: asyncio.Future[object] = asyncio.ensure_future(
+            transaction.recipients([CAROL]) if phase is Phase.RCPT else transaction.content(CHUNKS)
+        )
+        await until(lambda: upstream.stalled)
+        assert (await relay(forwarder)).told is replies.UPSTREAM_BUSY
+        upstream.let_go.set()
+        await going_on
+        if phase is Phase.RCPT:
+            assert (await transaction.content(CHUNKS)).code == 250
+        transaction.abort()
+        assert (len(upstream.kept), upstream.connections) == (1, 1)
 
 
 async def test_slow_clients_do_not_keep_the_upstreams_connections_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
