@@ -12,18 +12,21 @@ from typing import Any
 import pytest
 
 from otel_smtp.observing import SpoolAction, TransactionRecord
+from otel_smtp.smtp.replies import ErrorType
 from otel_smtp.spool import attempts as attempts_module
 from otel_smtp.spool import runner as runner_module
-from otel_smtp.spool.attempts import Attempt
+from otel_smtp.spool.attempts import Attempt, Recording
 from otel_smtp.spool.dsn.notices import Notices
 from otel_smtp.spool.embedded.deliveries import DeliveryEntry
 from otel_smtp.spool.messages import (
     ContentRef,
     DeliveryState,
+    Kind,
     Lease,
     SpoolError,
     StaleLease,
     StorageAway,
+    StorageBroken,
     StorageFull,
     Verdict,
 )
@@ -127,12 +130,13 @@ class _Unreadable(MemoryStore):
         return self.is_readable
 
 
-async def test_a_content_that_cannot_be_read_is_set_aside_and_not_retried() -> None:
+async def test_a_content_that_cannot_be_read_is_set_aside_and_not_retried(caplog: pytest.LogCaptureFixture) -> None:
     store = _Unreadable()
     async with running(store=store) as up:
         one = await up.put()
         await eventually(lambda: store.memory.entries[one].deliveries[0].state is DeliveryState.CORRUPT)
         assert (up.relay.taken, len(up.relay.transactions)) == ([], 1)
+        assert "queued content damaged; message set aside" in caplog.text
         store.is_readable = True
         assert await store.release(one)
         up.runner.wake()
@@ -213,15 +217,45 @@ async def test_an_attempt_whose_result_is_recorded_late_is_told_once(
 
 
 @pytest.mark.parametrize("recipients", [("a@x.example",), ("a@x.example", "b@x.example")])
-async def test_a_result_that_comes_too_late_stands_in_the_trace(recipients: tuple[str, ...]) -> None:
+async def test_a_result_that_comes_too_late_stands_in_the_trace(
+    monkeypatch: pytest.MonkeyPatch, recipients: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(attempts_module, "RECORD_AGAIN_SECONDS", 0.0)
     observer = _Told()
     store = _NotRecorded(StaleLease("not ours any more"))
     async with running(ScriptedRelay(observer=observer), store) as up:
         one = await up.put(*recipients)
         await eventually(lambda: observer.acts)
-        ((told,), (delivery,)) = observer.acts, observer.ended
-        assert (told.action, told.spool_id, told.attempt) == (SpoolAction.SUPERSEDED, one, 1)
-        assert (told.carrier, store.results) == (delivery.transaction.carrier, 1)
+    ((told,), (delivery,)) = observer.acts, observer.ended
+    assert (told.action, told.spool_id, told.attempt) == (SpoolAction.SUPERSEDED, one, 1)
+    assert (told.carrier, store.results) == (delivery.transaction.carrier, 1)
+    assert told.error_type is ErrorType.TIMEOUT
+    assert told.ended_ns
+
+
+async def test_the_result_of_an_outcome_that_comes_too_late_is_no_mails() -> None:
+    observer, store = _Told(), MemoryStore()
+    await store.open()
+    await queued(store, message(kind=Kind.OUTCOME))
+    ((lease, _),), _ = await store.claim({"up": 1})
+    late = _NotRecorded(StaleLease("not ours any more"))
+    await Recording(late, observer).record(lease, lambda: late.finish(lease, ()))
+    assert (observer.acts, late.results) == ([], 1)
+
+
+async def test_a_result_is_not_offered_again_to_a_store_that_is_broken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes nothing until it is opened again, and the attempt will be made again then."""
+    monkeypatch.setattr(attempts_module, "RECORD_AGAIN_SECONDS", 0.0)
+    observer = _Told()
+    store = _NotRecorded(StorageBroken("the disk is gone"))
+    async with running(ScriptedRelay(observer=observer), store) as up:
+        one = await up.put()
+        await eventually(lambda: observer.ended and store.results)
+    assert (observer.acts, store.results) == ([], 1)
+    (line,) = [line for line in caplog.records if line.levelname == "CRITICAL"]
+    assert (line.getMessage(), line.__dict__["spool_id"]) == ("delivery result not recorded", one)
 
 
 async def test_who_has_the_mail_does_not_get_it_again_where_a_bounce_cannot_be_made(
