@@ -190,6 +190,35 @@ async def test_parameters_travel_and_the_real_size_where_it_is_known(strategy: S
         assert upstream.kept[0].recipients == ("<b\u00fc@example.net> NOTIFY=NEVER".encode(),)
 
 
+@pytest.mark.parametrize("policy", list(TracePolicy))
+@both_strategies
+async def test_the_size_that_is_declared_upstream_counts_what_we_add(strategy: Strategy, policy: TracePolicy) -> None:
+    """RFC 1870 6.3. What the client declared counts while nothing else is known, and for nothing any more then."""
+    received, own = b"Received: from me by gw; now\r\n", b"Subject: x\r\n"
+    mail = Mail("a@example.com", len(own + BODY))
+    async with (
+        ScriptedUpstream(extensions=without("CHUNKING")) as first,
+        ScriptedUpstream(extensions=without("CHUNKING")) as second,
+        relaying(
+            settings(first, "first", trace_context=policy),
+            settings(second, "second", trace_context=policy),
+            strategy=strategy,
+        ) as forwarder,
+    ):
+        for one in (mail, mail._replace(size=1)):
+            transaction = Awaited.begin(forwarder, one, seen := RecordedTransaction(one))
+            seen.added_octets = len(received)
+            await transaction.recipients([BOB])
+            seen.octets = len(own + BODY)
+            if one is not mail:
+                first.faults[Phase.DATA] = Fault(Kind.CLOSE)
+            assert (await transaction.content((received + own, BODY))).code == 250
+            transaction.abort()
+        for kept in first.kept + second.kept:
+            assert kept.mail == f"<a@example.com> SIZE={len(kept.content)}".encode()
+        assert (len(first.kept), len(second.kept)) == (1, 1)
+
+
 # Trace headers ------------------------------------------------------------------------------------------------
 
 TRACED = b"Received: x\r\ntraceparent: 00-11111111111111111111111111111111-2222222222222222-01\r\nSubject: x\r\n"
