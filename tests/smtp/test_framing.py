@@ -35,6 +35,51 @@ def read_dots(pieces: list[bytes]) -> tuple[bytes, bool, bytes, bool]:
     return content, reader.is_ended, reader.rest + rest, reader.bare_line_ends
 
 
+def held(data: bytes, taken: int = 0) -> ReceiveBuffer:
+    """A buffer with `data` in it, the first octets of which were taken."""
+    buffer = ReceiveBuffer()
+    buffer.feed(data)
+    buffer.take(taken)
+    return buffer
+
+
+# what is held, how much of it was taken before -> the length of the first line, at most ten octets long
+LINE_TABLE = [
+    (b"", 0, 0),
+    (b"NOOP\r\n", 0, 6),
+    (b"NOOP\r\nQUIT\r\n", 6, 6),
+    (b"NOOP\r", 0, 0),
+    (b"NOOP\n", 0, -1),
+    (b"\r\n", 0, 2),
+    (b"\nNOOP\r", 0, -1),  # a CR at the end of what is held is none before the LF
+    (b"x\r\nNOOP\r\n", 2, -1),  # nor is one that ended a chunk
+    (b"12345678\r\n", 0, 10),
+    (b"123456789", 0, 0),
+    (b"1234567890", 0, -1),  # its line end can only come too late
+    (b"123456789\r\n", 0, -1),
+]
+
+
+@pytest.mark.parametrize(("data", "taken", "length"), LINE_TABLE)
+def test_the_first_line_is_found(data: bytes, taken: int, length: int) -> None:
+    assert held(data, taken).find_line(10) == length
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_what_is_given_back_stands_before_what_is_held(taken: int) -> None:
+    buffer = held(b"abc", taken)
+    buffer.give_back(b"xy")
+    assert (len(buffer), buffer.take(9), len(buffer)) == (5 - taken, b"xy" + b"abc"[taken:], 0)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_an_empty_buffer_holds_nothing(taken: int) -> None:
+    assert len(ReceiveBuffer()) == 0
+    buffer = held(b"abc", taken)
+    buffer.clear()
+    assert (len(buffer), buffer.peek(9), buffer.starts_with(b"a"), buffer.find_line(10)) == (0, b"", False, 0)
+
+
 # wire octets -> content, what follows the end (None: no end was seen)
 DATA_TABLE = [
     (b".\r\n", b"", b""),  # empty content: the first CRLF is DATA's own
