@@ -14,7 +14,7 @@ from otel_smtp.spool.embedded.files import write_durably
 from otel_smtp.spool.embedded.log import Step
 from otel_smtp.spool.messages import End, SpoolError, StorageFull, Verdict
 from tests.spool.embedded.test_recovery import ids_in, left_by_a_crash, opened
-from tests.spool.messages import BODY, HEADER, message, queued, written
+from tests.spool.messages import BODY, HEADER, TRACE_ID, message, queued, written
 from tests.spool.queueing import eventually
 from tests.spool.stores import SEGMENT_OCTETS
 
@@ -296,10 +296,18 @@ async def test_what_is_being_written_is_shown_and_counted_as_it_is(tmp_path: Pat
         for _ in range(30):
             (lease,) = await store.submit(message(), await written(store.draft()), lease=True)
             finishing = store.finish(lease, (), retry_in=3600)
-            shown, found, counts = await asyncio.gather(
-                store.page("", 10), store.find(recipient="user@example.net", most=10), store.counts()
+            shown, found, others, counts = await asyncio.gather(
+                store.page("", 10),
+                store.find(recipient="user@example.net", sender="app@example.com", trace_id=TRACE_ID, most=10),
+                asyncio.gather(
+                    store.find(recipient="other@example.net", most=10),
+                    store.find(sender="other@example.com", most=10),
+                    store.find(trace_id="f" * 32, most=10),
+                ),
+                store.counts(),
             )
             await finishing
             assert [one.id for one in shown] == [one.id for one in found] == [lease.message_id]
+            assert others == [[], [], []]
             assert counts.total == 1
             await store.delete(lease.message_id)
