@@ -1,5 +1,6 @@
 """What the status page shows of upstreams and the queue, put into the values that `status` takes."""
 
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
@@ -13,6 +14,8 @@ from otel_smtp.spool.service import Spool
 from otel_smtp.status.views import DepartureView, GatewayView, QueuedMessage, QueueView, UpstreamView
 from otel_smtp.telemetry.propagation import from_carrier
 from otel_smtp.telemetry.redaction import Redaction
+
+logger: Final = logging.getLogger("otel_smtp.gateway.status_views")
 
 _BREAKERS: Final = {BreakerState.PROBING: "half-open"}
 
@@ -49,10 +52,20 @@ def queue_view(spool: Spool, redaction: Redaction) -> QueueView:
     return QueueView(
         counts=spool.counts.by_state(),
         oldest_age_seconds=age_seconds(spool.counts.oldest_arrived_at),
-        messages=[_queued(message, now, redaction) for message in spool.oldest],
+        messages=_each_queued(spool.oldest, now, redaction),
         gateways=[_gateway(peer, now) for peer in company.gateways],
         departures=[_departed(one, now) for one in company.departures],
     )
+
+
+def _each_queued(messages: Iterable[MessageView], now: float, redaction: Redaction) -> Sequence[QueuedMessage]:
+    shown: list[QueuedMessage] = []
+    for message in messages:
+        try:
+            shown.append(_queued(message, now, redaction))
+        except Exception:
+            logger.exception("queued message not shown: internal error", extra={"queue_id": message.id})
+    return shown
 
 
 def _queued(message: MessageView, now: float, redaction: Redaction) -> QueuedMessage:

@@ -1,6 +1,7 @@
 """The records that are observed, the observer interface, and the fan-out to several observers."""
 
 from otel_smtp.observing.fan_out import FanOut, fan_out
+from otel_smtp.observing.faults import Faults
 from otel_smtp.observing.interface import HOOKS, Observer, StateCallback
 from otel_smtp.observing.records import (
     ConnectionEnd,
@@ -32,6 +33,7 @@ __all__ = [
     "Endpoint",
     "FanOut",
     "Fate",
+    "Faults",
     "MessageKind",
     "Observer",
     "Outcome",

@@ -21,6 +21,11 @@ from otel_smtp.observing.values import Outcome
 
 logger: Final = logging.getLogger("otel_smtp.observing")
 
+# The gateway's own observers. `StateCallback` is not among them: what it calls is a program's.
+_OURS: Final = ("otel_smtp.telemetry.", "otel_smtp.status.")
+# A fault costs mail about as much as a span does, and what it leaves half done may add up.
+MOST_FAULTS: Final = 1000
+
 # The most records that wait: processing them takes half a millisecond, twice that with an access log, and mail waits
 # meanwhile. Most batches end sooner, by time: 25 mails at five thousand per second.
 MOST_WAITING: Final = 64
@@ -35,16 +40,22 @@ Soon = Callable[[Callable[[], None]], None]
 
 
 class _Member:
-    """One observer, and whether it has raised."""
+    """One observer, and whether it is dropped.
 
-    __slots__ = ("observer", "raised")
+    A program's observer is dropped as soon as it raises. The gateway's own are not: one odd record that brings out a
+    fault in them must not end the traces of all mail. They are dropped once they have failed `MOST_FAULTS` times.
+    """
+
+    __slots__ = ("_faults", "is_dropped", "is_ours", "observer")
 
     def __init__(self, observer: Observer) -> None:
         self.observer = observer
-        self.raised = False
+        self.is_ours = type(observer).__module__.startswith(_OURS)
+        self.is_dropped = False
+        self._faults = 0
 
-    def drop(self, hook: str, error: BaseException) -> None:
-        """Log the exception at hand, the first time, and drop the member.
+    def failed(self, hook: str, error: BaseException) -> None:
+        """Log the exception at hand, the first time, and drop the member if it is to be dropped.
 
         A hook never awaits, so a CancelledError out of it is its own fault: from a future that it read, say.
 
@@ -53,12 +64,15 @@ class _Member:
         """
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise error
-        if not self.raised:
-            self.raised = True
-            logger.exception(
-                "observer raised and is dropped; mail is unaffected",
-                extra={"observer": type(self.observer).__qualname__, "hook": hook},
-            )
+        if self.is_dropped:
+            return
+        self._faults += 1
+        self.is_dropped = not self.is_ours or self._faults >= MOST_FAULTS
+        about = {"observer": type(self.observer).__qualname__, "hook": hook}
+        if self.is_dropped:
+            logger.exception("observer raised and is dropped; mail is unaffected", extra=about)
+        elif self._faults == 1:
+            logger.exception("observer raised, telemetry is incomplete; mail is unaffected", extra=about)
 
 
 class FanOut(Observer):
@@ -160,20 +174,20 @@ def _overrides(observer: Observer, hook: str) -> bool:
 def _teller(hook: str, listeners: _Listeners) -> Callable[..., None]:
     def tell(*about: Any) -> None:
         for member, method in listeners:
-            if not member.raised:
+            if not member.is_dropped:
                 try:
                     method(*about)
                 except BaseException as error:  # noqa: BLE001 - telemetry never touches mail
-                    member.drop(hook, error)
+                    member.failed(hook, error)
 
     def tell_one(record: Any) -> None:
         """As `tell`, for one argument: nearly all hooks have one, and this runs several times per mail."""
         for member, method in listeners:
-            if not member.raised:
+            if not member.is_dropped:
                 try:
                     method(record)
                 except BaseException as error:  # noqa: BLE001 - as above
-                    member.drop(hook, error)
+                    member.failed(hook, error)
 
     return tell_one if _takes_one(hook) else tell
 
@@ -185,19 +199,19 @@ def _asker(hook: str, listeners: _Listeners) -> Callable[..., Any]:
 
     def ask(record: Any) -> Any:
         for member, method in listeners:
-            if not member.raised:
+            if not member.is_dropped:
                 try:
                     if answer := method(record):
                         return _checked(answer, is_answer)
                 except BaseException as error:  # noqa: BLE001 - telemetry never touches mail
-                    member.drop(hook, error)
+                    member.failed(hook, error)
         return no_answer
 
     [(member, method), *others] = listeners
 
     def ask_one(record: Any) -> Any:
         """As `ask`, if only one observer of ours could answer: the case of every mail."""
-        if member.raised:
+        if member.is_dropped:
             return no_answer
         try:
             answer = method(record)
@@ -208,11 +222,10 @@ def _asker(hook: str, listeners: _Listeners) -> Callable[..., Any]:
             kinds.add(_checked(answer, is_answer).__class__)
             return answer
         except BaseException as error:  # noqa: BLE001 - as above
-            member.drop(hook, error)
+            member.failed(hook, error)
             return no_answer
 
-    is_ours = type(member.observer).__module__.startswith("otel_smtp.")
-    return ask_one if is_ours and not others else ask
+    return ask_one if member.is_ours and not others else ask
 
 
 def _checked(answer: Any, is_answer: Callable[[Any], bool]) -> Any:
@@ -237,7 +250,7 @@ def _takes_one(hook: str) -> bool:
 
 
 def fan_out(observers: Iterable[Observer], soon: Soon | None = None) -> FanOut:
-    """One observer that passes everything to all of `observers`; an observer that raises is logged once and dropped.
+    """One observer that passes everything to all of `observers`; a program's that raises is logged once and dropped.
 
     If several answer a question, the first answer that is not empty counts.
 

@@ -4,14 +4,17 @@ Nothing is noted while mail flows: what the page shows is read from the records 
 asks. All rendering, and all redaction, happens then (`LiveView.snapshot`).
 """
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, Final
 
-from otel_smtp.observing import ConnectionRecord, Endpoint, Observer, Outcome, TransactionRecord
+from otel_smtp.observing import ConnectionRecord, Endpoint, Faults, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp.states import PULSES, ConnState, Transition
+
+logger: Final = logging.getLogger("otel_smtp.status.live")
 
 # What fits a row of the page; the whole story is in the trace.
 PATH_LENGTH: Final = 24
@@ -47,6 +50,7 @@ class LiveView(Observer):
         self._refused: Counter[str] = Counter()
         self._gone = 0  # changes of connections that are closed, and of none
         self._unix_offset = time.time() - clock()
+        self._faults = Faults(logger, "open connection not shown: internal error")
 
     def show(self, shown_host: Callable[[str], str | None], shown_name: Callable[[str], str | None]) -> None:
         """What may be shown from now on; see above."""
@@ -96,7 +100,13 @@ class LiveView(Observer):
 
         Times are points, not ages, so that the same connections give the same answer.
         """
-        return [self._row(connection) for connection in islice(self._connections, CONNECTIONS_SHOWN)]
+        rows: list[Mapping[str, Any]] = []
+        for connection in islice(self._connections, CONNECTIONS_SHOWN):
+            try:
+                rows.append(self._row(connection))
+            except Exception:  # noqa: BLE001 - logged once; the others are shown
+                self._faults.note("connection")
+        return rows
 
     def unix_milliseconds(self, moment: float) -> int:
         """A moment of `clock` on the wall clock as it stood when the view was made."""

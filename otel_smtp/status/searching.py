@@ -117,22 +117,33 @@ class TraceSearch:
         held = await self._held_traces()
         counts: dict[str, int] = dict.fromkeys(Severity, 0)
         summaries: list[Mapping[str, Any]] = []
+        unreadable = 0
         for looked_at, (trace_id, spans) in enumerate(held.items()):
             if looked_at % _TRACES_A_TURN == _TRACES_A_TURN - 1:
                 await asyncio.sleep(0)
-            trace = self._traces.trace(trace_id, spans)
-            if not trace.matches(query) or trace.summary()["end_unix_milliseconds"] > asked.until:
+            try:
+                trace = self._traces.trace(trace_id, spans)
+                summary = trace.summary()
+                is_found = trace.matches(query) and summary["end_unix_milliseconds"] <= asked.until
+            except Exception:  # noqa: BLE001 - logged once; the others are found
+                self._traces.faults.note("trace")
+                unreadable += 1
                 continue
-            severity = trace.summary()["severity"]
+            if not is_found:
+                continue
+            severity = summary["severity"]
             counts[severity] += 1
             if severity in _ERRORS or not asked.has_errors_only:
-                summaries.append(trace.summary())
+                summaries.append(summary)
+        notes = [*query.notes, *([self._untraced] if self._untraced else [])]
+        if unreadable:
+            notes.append(f"{unreadable} of the traces in memory cannot be read: the log says why")
         return {
             "traces": summaries,
             "found": len(summaries),
             "held": len(held),
             "by_severity": counts,
-            "notes": [*query.notes, *([self._untraced] if self._untraced else [])],
+            "notes": notes,
             "complete_since_unix_milliseconds": self._traces.complete_since_ns() / 1e6,
         }
 

@@ -31,7 +31,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from otel_smtp.observing import Endpoint
+from otel_smtp.observing import Endpoint, Faults
 from otel_smtp.status import siblings as several
 from otel_smtp.status.acting import QueueActions
 from otel_smtp.status.answers import STREAM_PATH, Answers
@@ -130,6 +130,7 @@ class StatusServer:
         self._about = about or {}
         self._siblings = siblings
         self._token = token
+        self._faults = Faults(logger, "status port: answer incomplete, internal error")
         self._sibling_pictures: Mapping[int, Mapping[str, Any]] = {}  # by number
         self._asked_at = float("-inf")
         self._started_at = time.monotonic()
@@ -213,7 +214,11 @@ class StatusServer:
 
     async def _show_metrics(self, request: Request) -> Response:
         accept = request.headers.get("accept", "")
-        text, content_type = self._metrics(accept)
+        try:
+            text, content_type = self._metrics(accept)
+        except Exception:  # noqa: BLE001 - logged once; a scraper can do nothing about it but tell
+            self._faults.note("metrics")
+            return PlainTextResponse("the metrics cannot be read: internal error, the log says why\n", 503)
         if self._siblings is not None:
             answers = await self._siblings.ask("/metrics", accept=accept)
             theirs = {number: page for number, (status, page) in answers.items() if status == 200}
@@ -221,7 +226,16 @@ class StatusServer:
         return Response(text, headers={"content-type": content_type})
 
     def _not_ready(self) -> Mapping[str, str]:
-        return {name: reason for name, check in self._checks.items() if (reason := check()) is not None}
+        reasons: dict[str, str] = {}
+        for name, check in self._checks.items():
+            try:
+                reason = check()
+            except Exception:  # noqa: BLE001 - logged once
+                self._faults.note(name)
+                reason = "the check failed: internal error"
+            if reason is not None:
+                reasons[name] = reason
+        return reasons
 
     def _uptime(self) -> float:
         return round(time.monotonic() - self._started_at, 1)
@@ -350,12 +364,19 @@ class StatusServer:
         silent = [number for number in self._siblings.numbers if number not in self._sibling_pictures]
         return {**several.merged_pictures(theirs, connections_shown=CONNECTIONS_SHOWN), "silent_processes": silent}
 
+    def _upstream_rows(self) -> Sequence[Mapping[str, Any]]:
+        try:
+            return [asdict(upstream) for upstream in self._upstreams()]
+        except Exception:  # noqa: BLE001 - logged once; the rest of the page is shown
+            self._faults.note("upstreams")
+            return []
+
     def _own_picture(self) -> Mapping[str, Any]:
         return {
             "not_ready": self._not_ready(),
             "counters": self._live.counters(),
             "connections": self._live.snapshot(),
-            "upstreams": [asdict(upstream) for upstream in self._upstreams()],
+            "upstreams": self._upstream_rows(),
             "traces_version": self._traces.version,
         }
 

@@ -171,6 +171,8 @@ def merged_metrics(pages: Mapping[int, bytes]) -> bytes:
         for line in pages[number].decode().splitlines():
             if line == "# EOF":
                 has_end = True
+            elif line.startswith("# incomplete"):
+                heads.append(f"{line} (process {number})")
             elif line.startswith("# "):
                 heads, samples = families.setdefault(line.split(" ", 3)[2], ([], []))
                 if line not in heads:

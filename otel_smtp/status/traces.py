@@ -9,6 +9,7 @@ last night is still found after ten thousand good mails. The bounds are on octet
 spans, which are what a search takes its time for.
 """
 
+import logging
 import re
 import time
 from collections import deque
@@ -16,10 +17,12 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
-from otel_smtp.observing import Outcome
+from otel_smtp.observing import Faults, Outcome
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.status.search import Query, TraceIndex
 from otel_smtp.telemetry import attributes as names
+
+logger: Final = logging.getLogger("otel_smtp.status.traces")
 
 AttributeValue = str | bool | int | float | Sequence[str]
 
@@ -143,16 +146,20 @@ _HEXADECIMAL: Final = re.compile(r"[0-9a-fA-F]{1,32}")
 class KeptTrace:
     """Finished spans of one trace, in the order in which they ended: the newest of them where they are very many.
 
+    Args:
+        faults: learns of spans that cannot be read; they are left out.
+
     Attributes:
         held: how many there are.
     """
 
-    __slots__ = ("_encoded", "_index", "_summary", "held", "trace_id")
+    __slots__ = ("_encoded", "_faults", "_index", "_summary", "held", "trace_id")
 
-    def __init__(self, trace_id: bytes, spans: Sequence[SpanOctets]) -> None:
+    def __init__(self, trace_id: bytes, spans: Sequence[SpanOctets], faults: Faults) -> None:
         self.trace_id = trace_id.hex()
         self.held = sum(one.spans for one in spans)
         self._encoded = spans
+        self._faults = faults
         self._summary: dict[str, Any] | None = None
         self._index: TraceIndex | None = None
 
@@ -160,7 +167,7 @@ class KeptTrace:
         """The newest spans that together have no more than `TRACE_ITEMS` spans and events; decoded at each call."""
         found: list[FinishedSpan] = []
         items = 0
-        for span in (one for encoded in reversed(self._encoded) for one in reversed(encoded.to_records())):
+        for span in (one for encoded in reversed(self._encoded) for one in reversed(_read(encoded, self._faults))):
             items += 1 + len(span.events)
             if found and items > TRACE_ITEMS:
                 break
@@ -220,14 +227,17 @@ class KeptTrace:
 
     def otlp_json(self, resource: Mapping[str, AttributeValue]) -> dict[str, Any]:
         """The trace as OTLP writes it in JSON, so that Jaeger and Grafana can open the saved answer."""
-        spans = sorted(self.spans(), key=lambda span: span.start_ns)
+        shown: list[dict[str, Any]] = []
+        for span in sorted(self.spans(), key=lambda span: span.start_ns):
+            try:
+                shown.append(_otlp_span(span))
+            except Exception:  # noqa: BLE001 - logged once; the others are shown
+                self._faults.note("span")
         return {
             "resourceSpans": [
                 {
                     "resource": {"attributes": _key_values(resource)},
-                    "scopeSpans": [
-                        {"scope": {"name": names.SCOPE_NAME}, "spans": [_otlp_span(span) for span in spans]}
-                    ],
+                    "scopeSpans": [{"scope": {"name": names.SCOPE_NAME}, "spans": shown}],
                 }
             ]
         }
@@ -266,6 +276,7 @@ class RecentTraces:
 
     Attributes:
         version: grows with every span.
+        faults: what cannot be read, and is left out.
     """
 
     def __init__(
@@ -282,6 +293,7 @@ class RecentTraces:
         self._failed = _Shelf(failed_spans, failed_octets)
         self._failed_traces: dict[bytes, None] = {}  # in order of their first failure
         self._known: dict[bytes, KeptTrace] = {}
+        self.faults = Faults(logger, "recent trace unreadable: internal error")
         self._started_ns = time.time_ns()
         self._has_dropped = False
         self.version = 0
@@ -309,8 +321,10 @@ class RecentTraces:
 
         Nanoseconds since the epoch.
         """
-        oldest = self._recent.spans[0].to_records()[0].end_ns if self._has_dropped else self._started_ns
-        return max(oldest, self._started_ns)
+        if not self._has_dropped:
+            return self._started_ns
+        readable = (span.end_ns for encoded in self._recent.spans for span in _read(encoded, self.faults))
+        return max(next(readable, self._started_ns), self._started_ns)
 
     def spans(self) -> list[SpanOctets]:
         """All that is held now, the newest first."""
@@ -330,7 +344,7 @@ class RecentTraces:
         """The trace of `spans`, newest first; the same object as last time while nothing was added."""
         known = self._known.get(trace_id)
         if known is None or known.held != sum(one.spans for one in spans):
-            known = self._known[trace_id] = KeptTrace(trace_id, spans[::-1])
+            known = self._known[trace_id] = KeptTrace(trace_id, spans[::-1], self.faults)
         return known
 
     def forget_all_but(self, trace_ids: Container[bytes]) -> None:
@@ -344,7 +358,7 @@ class RecentTraces:
             return None
         octets = bytes.fromhex(trace_id.zfill(32))
         spans = [span for span in self.spans() if span.trace_id == octets]
-        return KeptTrace(octets, spans[::-1]) if spans else None
+        return KeptTrace(octets, spans[::-1], self.faults) if spans else None
 
     def _note_failure(self, trace_id: bytes) -> None:
         self._failed_traces[trace_id] = None
@@ -361,6 +375,15 @@ class RecentTraces:
                 failed.spans.append(span)
                 failed.octets += len(span) + _OCTETS_BESIDE
         failed.make_room()
+
+
+def _read(encoded: SpanOctets, faults: Faults) -> Sequence[FinishedSpan]:
+    """The spans as values; none where they cannot be read."""
+    try:
+        return encoded.to_records()
+    except Exception:  # noqa: BLE001 - logged once; the others are shown
+        faults.note("span")
+        return ()
 
 
 def _severity(spans: Sequence[FinishedSpan]) -> Severity:

@@ -24,7 +24,7 @@ from otel_smtp.telemetry.environment import Temporality
 from otel_smtp.telemetry.export_failures import file_failure
 from otel_smtp.telemetry.exporting import DropReason
 from otel_smtp.telemetry.line_output import Console
-from otel_smtp.telemetry.measurements import Buckets, Labels
+from otel_smtp.telemetry.measurements import Buckets, Labels, Measurements
 from otel_smtp.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -113,10 +113,14 @@ class MetricsReading:
             if rows:
                 data = self._gauge if metric.instrument is Instrument.GAUGE else self._sum
                 yield SdkMetric(metric.name, metric.description, metric.unit, data(metric, rows, now_ns))
-        for measured in self._metrics.measurements:
+
+        def histogram(measured: Measurements) -> SdkMetric | None:
             metric, series = measured.metric, list(measured.series.items())
-            if series:
-                yield SdkMetric(metric.name, metric.description, metric.unit, self._histogram(metric, series, now_ns))
+            if not series:
+                return None
+            return SdkMetric(metric.name, metric.description, metric.unit, self._histogram(metric, series, now_ns))
+
+        yield from filter(None, self._metrics.histograms(histogram))
 
     @staticmethod
     def _gauge(metric: Metric, rows: Sequence[tuple[Labels, float]], now_ns: int) -> "Gauge":

@@ -10,16 +10,18 @@ mechanisms, outcomes and reasons are our own words, listeners and upstreams the 
 a bound that no client can move.
 """
 
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from otel_smtp.observing import (
     ConnectionRecord,
     DeliveryRecord,
     Fate,
+    Faults,
     MessageKind,
     Observer,
     Outcome,
@@ -48,6 +50,11 @@ from otel_smtp.telemetry.span_attributes import is_probe
 
 if TYPE_CHECKING:
     from otel_smtp.telemetry.metrics_page import MetricsPage
+
+logger: Final = logging.getLogger("otel_smtp.telemetry.metrics")
+
+T = TypeVar("T")
+Numbers = Iterator[tuple[Metric, list[tuple[Labels, float]]]]
 
 # A look-up is quicker than `value`, which is a descriptor in Python.
 _NAMES: Final[Mapping[ConnState, str]] = {state: state.value for state in ConnState}
@@ -120,6 +127,26 @@ _measured_queued: Final = partial(tuple.__new__, _MeasuredQueued)
 _measured_attempt: Final = partial(tuple.__new__, _MeasuredAttempt)
 
 
+def _checked(metric: Metric, rows: list[tuple[Labels, float]]) -> Numbers:
+    """A metric as it is, if its rows can be encoded.
+
+    Raises:
+        TypeError, ValueError: they cannot.
+    """
+    for labels, value in rows:
+        if len(labels) != len(metric.labels) or not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"labels of {metric.name}")
+        float(value)
+    yield metric, rows
+
+
+def _taken(noted: list[T]) -> list[T]:
+    """What was noted, which is noted no more: a fault in counting it must not come again with each mail."""
+    taken = noted[:]
+    noted.clear()
+    return taken
+
+
 # So many transitions, or replies, are counted one by one: the connection's own, and those of one mail.
 _FEW: Final = 12
 
@@ -159,6 +186,7 @@ class Metrics(Observer):
 
     Attributes:
         measurements: all histograms.
+        unreadable: the metrics that could not be read when they were last: their names, or those of their group.
     """
 
     def __init__(
@@ -226,6 +254,8 @@ class Metrics(Observer):
             self._delivery_age,
             *((self._store, self._group_size) if store_verbs else ()),
         )
+        self.unreadable: set[str] = set()
+        self._faults = Faults(logger, "metrics incomplete: internal error")
         self._page: MetricsPage | None = None  # made when it is first asked for
         self._begin(listeners, upstreams, mechanisms)
         for limit in limits:
@@ -296,7 +326,10 @@ class Metrics(Observer):
     def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:
         """Count them, and their deliveries that are over."""
         for transaction in transactions:
-            self._count(transaction)
+            try:
+                self._count(transaction)
+            except Exception:  # noqa: BLE001 - logged once; the others are counted
+                self._faults.note("transaction")
 
     def _count(self, transaction: TransactionRecord) -> None:
         connection = transaction.connection
@@ -428,18 +461,16 @@ class Metrics(Observer):
 
     def _count_queued(self, noted: list[_MeasuredQueued]) -> None:
         """Count ordinary mails that were queued, and note them no more."""
-        durations, octets, recipients, ended, contexts = zip(*noted, strict=True)
-        self._transactions.values[_QUEUED] += len(noted)
+        durations, octets, recipients, ended, contexts = zip(*_taken(noted), strict=True)
+        self._transactions.values[_QUEUED] += len(recipients)
         self._recipients.values[_QUEUED] += sum(recipients)
-        noted.clear()
         self._transaction_duration.series[_QUEUED].add_each([ns / 1e9 for ns in durations], contexts, ended)
         self._message_size.series[()].add_each(octets, contexts, ended)
 
     def _count_attempts(self, upstream: str, noted: list[_MeasuredAttempt]) -> None:
         """Count ordinary attempts at queued mails, likewise."""
-        waits, durations, waited, recipients, ended, contexts = zip(*noted, strict=True)
+        waits, durations, waited, recipients, ended, contexts = zip(*_taken(noted), strict=True)
         self._recipients.values[_RELAYED] += sum(recipients)
-        noted.clear()
         seconds = [ns / 1e9 for ns in durations]
         ages = [before + each for before, each in zip(waited, seconds, strict=True)]
         labels = (upstream,)
@@ -450,10 +481,9 @@ class Metrics(Observer):
 
     def _count_noted(self, upstream: str, noted: list[_Measured]) -> None:
         """Count ordinary mails, and note them no more."""
-        durations, octets, waits, deliveries, recipients, delivered, ended, contexts = zip(*noted, strict=True)
-        self._transactions.values[_RELAYED] += len(noted)
+        durations, octets, waits, deliveries, recipients, delivered, ended, contexts = zip(*_taken(noted), strict=True)
+        self._transactions.values[_RELAYED] += len(recipients)
         self._recipients.values[_RELAYED] += sum(recipients)
-        noted.clear()
         self._transaction_duration.series[_RELAYED].add_each([ns / 1e9 for ns in durations], contexts, ended)
         self._message_size.series[()].add_each(octets, contexts, ended)
         self._pool_wait.series[(upstream,)].add_each([ns / 1e9 for ns in waits], contexts, delivered)
@@ -463,17 +493,20 @@ class Metrics(Observer):
     def deliveries_settled(self, deliveries: Sequence[DeliveryRecord]) -> None:
         """Count attempts that outlived their transactions."""
         for delivery in deliveries:
-            transaction = delivery.transaction
-            trace: Identity | None = transaction.trace
-            context = None if trace is None else trace.context
-            if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
-                context = None
-            if self._note_attempt(delivery, transaction, context):
-                continue
-            self._measure(delivery, transaction, context)
-            self._possible_duplicates += transaction.is_possible_duplicate
-            if transaction.connection is None and transaction.kind is MessageKind.MAIL:
-                self._count_ended(delivery)
+            try:
+                transaction = delivery.transaction
+                trace: Identity | None = transaction.trace
+                context = None if trace is None else trace.context
+                if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
+                    context = None
+                if self._note_attempt(delivery, transaction, context):
+                    continue
+                self._measure(delivery, transaction, context)
+                self._possible_duplicates += transaction.is_possible_duplicate
+                if transaction.connection is None and transaction.kind is MessageKind.MAIL:
+                    self._count_ended(delivery)
+            except Exception:  # noqa: BLE001 - logged once; the others are counted
+                self._faults.note("delivery")
 
     def spool_acted(self, transaction: TransactionRecord) -> None:
         """Count the recipients that ended, or wait for an operator."""
@@ -606,22 +639,44 @@ class Metrics(Observer):
 
     def catching_up(self) -> Iterator[None]:
         """`catch_up` in steps, between which mail may go on: of thousands of connections it takes milliseconds."""
-        self.count_mails()
+        self._try("ordinary mails", self.count_mails)
         active = dict.fromkeys(self._active, 0)
-        for looked_at, connection in enumerate([*self._open_connections()], start=1):
+
+        def look_at(connection: ConnectionRecord) -> None:
             self._fold(connection)
             last = (connection.transitions or connection.earlier)[-1:]
             level = last[0].level if last else ConnState.NEW
             if level is not ConnState.CLOSED:
                 labels = (connection.listener, _NAMES[level])
                 active[labels] = active.get(labels, 0) + 1
+
+        for looked_at, connection in enumerate(self._readable("open connections", self._open_connections), start=1):
+            self._try("open connection", partial(look_at, connection))
             if looked_at % _CONNECTIONS_A_STEP == 0:
                 yield
         self._active = active
-        for verb, seconds, items in self._store_timings():
+        for verb, seconds, items in self._readable("store timings", self._store_timings):
             self._store.series[(verb,)].add(seconds)
             if items:
                 self._group_size.series[()].add(items)
+
+    def _try(self, about: str, count: Callable[[], None]) -> None:
+        """Count, as far as that can be done."""
+        try:
+            count()
+        except Exception:  # noqa: BLE001 - logged once; the others are counted
+            self._faults.note(about)
+
+    def _readable(self, about: str, read: Callable[[], Iterable[T]]) -> Sequence[T]:
+        """What `read` gives; nothing if it cannot be read, which is noted then."""
+        try:
+            found = [*read()]
+        except Exception:  # noqa: BLE001 - logged once; the others are read
+            self._faults.note(about)
+            self.unreadable.add(about)
+            return ()
+        self.unreadable.discard(about)
+        return found
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics page for a scraper that accepts `accept`, and its content type (OpenMetrics where asked for).
@@ -635,11 +690,28 @@ class Metrics(Observer):
             self._page = MetricsPage(self)
         return self._page.encode(accept)
 
-    def numbers(self) -> Iterator[tuple[Metric, list[tuple[Labels, float]]]]:
-        """Everything but the histograms, as of the latest `catch_up`: each counter and gauge with its rows.
+    def numbers(self) -> Numbers:
+        """Everything but the histograms, as of the latest `catch_up`: each counter and gauge with its rows. What cannot
+        be read is left out.
 
         For any thread.
         """
+        for about, read in (
+            ("smtp.server", self._read_counts),
+            (names.CLIENT_CONNECTIONS.name, self._read_upstreams),
+            ("smtp.spool", self._read_spool),
+            ("smtp.notify", self._read_receivers),
+            (names.TELEMETRY_DROPPED.name, self._read_dropped),
+        ):
+            for metric, rows in self._readable(about, read):
+                yield from self._readable(metric.name, partial(_checked, metric, rows))
+
+    def histograms(self, made: Callable[[Measurements], T]) -> Iterator[T]:
+        """What `made` makes of each histogram; those of which it can make nothing are left out. For any thread."""
+        for measured in self.measurements:
+            yield from self._readable(measured.metric.name, partial(map, made, (measured,)))
+
+    def _read_counts(self) -> Numbers:
         yield (
             names.TRANSITIONS,
             [
@@ -654,29 +726,40 @@ class Metrics(Observer):
         for counts in (self._transactions, self._recipients, self._auth, self._refused, self._probes):
             yield counts.metric, list(counts.values.items())
         yield names.ACTIVE_CONNECTIONS, list(self._active.items())
+
+    def _read_upstreams(self) -> Numbers:
         yield names.CLIENT_CONNECTIONS, [((upstream, state), n) for upstream, state, n in self._connections()]
-        if (spool := self._spool()) is not None:
-            states, oldest_age_seconds, dead_octets = spool
-            shared = self._shared_queue()
-            if shared is None or shared.tells_messages:
-                yield names.SPOOL_MESSAGES, [((state,), count) for state, count in states.items()]
-            yield names.SPOOL_AGE, [((), oldest_age_seconds)]
-            yield names.SPOOL_POSSIBLE_DUPLICATES, [((), self._possible_duplicates)]
-            if shared is None:
-                yield names.SPOOL_DEAD, [((), dead_octets)]
-            else:
-                yield names.SPOOL_GATEWAYS, [((), shared.gateways)]
-                yield names.SPOOL_AWAY, [((), shared.away_seconds)]
-                yield names.SPOOL_TAKEN_OVER, [((), shared.taken_over)]
-                yield names.SPOOL_STALE, [((), shared.stale)]
-                yield names.SPOOL_UNANSWERED, [((), shared.unanswered)]
-        if receivers := list(self._receivers()):
-            yield (
-                names.NOTIFY_OUTCOMES,
-                [((name, result), n) for name, by_result, _, _ in receivers for result, n in by_result.items()],
-            )
-            yield names.NOTIFY_PENDING, [((name,), pending) for name, _, pending, _ in receivers]
-            yield names.NOTIFY_AGE, [((name,), age_seconds) for name, _, _, age_seconds in receivers]
+
+    def _read_spool(self) -> Numbers:
+        if (spool := self._spool()) is None:
+            return
+        states, oldest_age_seconds, dead_octets = spool
+        shared = self._shared_queue()
+        if shared is None or shared.tells_messages:
+            yield names.SPOOL_MESSAGES, [((state,), count) for state, count in states.items()]
+        yield names.SPOOL_AGE, [((), oldest_age_seconds)]
+        yield names.SPOOL_POSSIBLE_DUPLICATES, [((), self._possible_duplicates)]
+        if shared is None:
+            yield names.SPOOL_DEAD, [((), dead_octets)]
+        else:
+            yield names.SPOOL_GATEWAYS, [((), shared.gateways)]
+            yield names.SPOOL_AWAY, [((), shared.away_seconds)]
+            yield names.SPOOL_TAKEN_OVER, [((), shared.taken_over)]
+            yield names.SPOOL_STALE, [((), shared.stale)]
+            yield names.SPOOL_UNANSWERED, [((), shared.unanswered)]
+
+    def _read_receivers(self) -> Numbers:
+        receivers = list(self._receivers())
+        if not receivers:
+            return
+        yield (
+            names.NOTIFY_OUTCOMES,
+            [((name, result), n) for name, by_result, _, _ in receivers for result, n in by_result.items()],
+        )
+        yield names.NOTIFY_PENDING, [((name,), pending) for name, _, pending, _ in receivers]
+        yield names.NOTIFY_AGE, [((name,), age_seconds) for name, _, _, age_seconds in receivers]
+
+    def _read_dropped(self) -> Numbers:
         lost = {(signal.value, reason.value): 0 for signal in Signal for reason in DropReason}
         for signal, reason, count in self._dropped():
             lost[signal, reason] = lost.get((signal, reason), 0) + count

@@ -34,9 +34,14 @@ class MetricsPage:
         ProcessCollector(registry=self._registry)
 
     def encode(self, accept: str) -> tuple[bytes, str]:
-        """The page for a scraper that accepts `accept`, and its content type."""
+        """The page for a scraper that accepts `accept`, and its content type. What cannot be read is named in a comment
+        at its head, where its format has comments."""
         encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        page = encode(self._registry)
+        if (unreadable := self._metrics.unreadable) and content_type.startswith("text/plain"):
+            missing = f"# incomplete, without {', '.join(sorted(unreadable))}: internal error, the log says why\n"
+            page = missing.encode() + page
+        return page, content_type
 
     def collect(self) -> Iterator[MetricFamily]:
         """Everything as of the latest `catch_up`, as prometheus_client wants it of a collector."""
@@ -45,8 +50,7 @@ class MetricsPage:
             yield InfoMetricFamily("target", "The resource that is measured, as in all telemetry", metrics.resource)
         for metric, rows in metrics.numbers():
             yield _family(_FAMILIES[metric.instrument], metric, rows)
-        for measured in metrics.measurements:
-            yield _histogram(measured)
+        yield from metrics.histograms(_histogram)
 
 
 _Number = CounterMetricFamily | GaugeMetricFamily

@@ -11,11 +11,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+from otel_smtp.observing import Faults
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.access_log import AccessLog
 from otel_smtp.telemetry.logs import ACCESS
 from otel_smtp.telemetry.terminal_log import MailLines
 from otel_smtp.telemetry.tracing import Tracing
+
+log: Final = logging.getLogger("otel_smtp.telemetry.tail")
 
 # A second of the busiest gateway; a follower asks several times a second.
 HELD: Final = 5000
@@ -55,6 +58,7 @@ class MailTail:
         self._lines: deque[TailLine] = deque(maxlen=held)
         self._made = 0
         self._mail_lines = MailLines()
+        self._faults = Faults(log, "line for followers cannot be made: internal error")
         logger = logging.Logger(ACCESS)  # of its own: it has nothing to do with the log and its level
         logger.addHandler(_Putting(self))
         self._listener = AccessLog(logger)
@@ -109,7 +113,12 @@ class MailTail:
             if not self._records:  # another follower was here meanwhile
                 break
             record = self._records.popleft()
-            line = self._mail_lines.told(str(record.msg), record.created, record.__dict__)
+            try:
+                line = self._mail_lines.told(str(record.msg), record.created, record.__dict__)
+            except Exception:  # noqa: BLE001 - logged once; a follower misses one line, and learns it
+                self._faults.note("line")
+                self._made += 1
+                continue
             if line is not None:
                 self._made += 1
                 known = {name: value for name, value in line.fields.items() if name in _KNOWN}

@@ -23,6 +23,7 @@ A segment with many events is encoded over several turns of the event loop, from
 A span that is not sampled costs its identity and a few comparisons, unless a listener (the access log) wants all spans.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
@@ -30,7 +31,15 @@ from typing import Final, Protocol
 
 from opentelemetry.trace import SpanKind
 
-from otel_smtp.observing import ConnectionRecord, DeliveryRecord, MessageKind, Observer, SpoolAction, TransactionRecord
+from otel_smtp.observing import (
+    ConnectionRecord,
+    DeliveryRecord,
+    Faults,
+    MessageKind,
+    Observer,
+    SpoolAction,
+    TransactionRecord,
+)
 from otel_smtp.smtp.states import ConnState, ErrorReply, Transition
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry import propagation
@@ -60,6 +69,8 @@ from otel_smtp.telemetry.state_events import (
     taken_over_event,
 )
 from otel_smtp.telemetry.turns import StepByStep
+
+logger: Final = logging.getLogger("otel_smtp.telemetry.tracing")
 
 # A connection's segment has up to some five hundred events: in one go they would keep all mails waiting for half a
 # millisecond, and with ten busy connections that is what one mail in twenty would meet.
@@ -133,6 +144,7 @@ class Tracing(Observer):
         keeping: Keeping | None = None,
     ) -> None:
         self._keeping = keeping
+        self._faults = Faults(logger, "no span: internal error")
         self._sampling = Sampling(sampler, id_generator or RandomIdGenerator())
         self._exports = tuple(exports)
         self._memories = tuple(memories)
@@ -273,27 +285,30 @@ class Tracing(Observer):
         lines: list[LinesOfMail] = []
         ordinary, encodes = self._ordinary, self._encodes
         for transaction in transactions:
-            identity: Identity | None = transaction.trace
-            kind = identity.__class__
-            if kind is not Identity:
-                if kind is SegmentIdentity and self._drops_mails:
+            try:
+                identity: Identity | None = transaction.trace
+                kind = identity.__class__
+                if kind is not Identity:
+                    if kind is SegmentIdentity and self._drops_mails:
+                        continue
+                    identity = self._settle_unless_dropped(transaction)
+                    if identity is None and transaction.connection is not None:
+                        continue
+                spans = None
+                if encodes and identity is not None and identity.is_recording and identity.context.flags & SAMPLED:
+                    spans = ordinary.spans(transaction, identity)
+                if spans is None or identity is None:
+                    if lines:  # they come before the lines of this one
+                        self._give_together(together, lines, write_lines)
+                    self._finish_transaction(transaction, identity, together)
                     continue
-                identity = self._settle_unless_dropped(transaction)
-                if identity is None and transaction.connection is not None:
-                    continue
-            spans = None
-            if encodes and identity is not None and identity.is_recording and identity.context.flags & SAMPLED:
-                spans = ordinary.spans(transaction, identity)
-            if spans is None or identity is None:
-                if lines:  # they come before the lines of this one
-                    self._give_together(together, lines, write_lines)
-                self._finish_transaction(transaction, identity, together)
-                continue
-            together.append(spans)
-            if write_lines is not None:
-                lines.append(ordinary.lines(transaction, identity))
-            elif not self._only_encodes:
-                self._finish_transaction(transaction, identity, together, is_encoded=True)
+                together.append(spans)
+                if write_lines is not None:
+                    lines.append(ordinary.lines(transaction, identity))
+                elif not self._only_encodes:
+                    self._finish_transaction(transaction, identity, together, is_encoded=True)
+            except Exception:  # noqa: BLE001 - logged once; the others have their spans
+                self._faults.note("transaction")
         self._give_together(together, lines, write_lines)
 
     def _writer_of_lines(self) -> WriteLines | None:
@@ -389,11 +404,14 @@ class Tracing(Observer):
         together."""
         together: list[EncodedSpan] = []
         for delivery in deliveries:
-            if self._keeping is not None and delivery.transaction.connection is None:
-                identity = self._settle_delivery(delivery, delivery.transaction)
-                if not identity.is_recording and (reason := self._keeping.attempt(delivery)) is not None:
-                    _keep_alone(identity, reason)
-            self._finish_delivery(delivery, together)
+            try:
+                if self._keeping is not None and delivery.transaction.connection is None:
+                    identity = self._settle_delivery(delivery, delivery.transaction)
+                    if not identity.is_recording and (reason := self._keeping.attempt(delivery)) is not None:
+                        _keep_alone(identity, reason)
+                self._finish_delivery(delivery, together)
+            except Exception:  # noqa: BLE001 - as above
+                self._faults.note("delivery")
         self._give_together(together, [], None)
 
     def spool_acted(self, transaction: TransactionRecord) -> None:

@@ -19,7 +19,7 @@ from otel_smtp.observing import (
     TransactionRecord,
     fan_out,
 )
-from otel_smtp.observing.fan_out import MOST_WAITING
+from otel_smtp.observing.fan_out import MOST_FAULTS, MOST_WAITING
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.states import ConnState, Transition
@@ -447,3 +447,33 @@ def test_a_message_from_the_spool_has_a_record_without_a_connection() -> None:
 )
 def test_an_endpoint_reads_as_people_write_it(endpoint: Endpoint, text: str) -> None:
     assert str(endpoint) == text
+
+
+class OneOfOurs(Recording):
+    __module__ = "otel_smtp.telemetry.of_this_test"
+
+
+@pytest.mark.parametrize("hook", CALLS)
+def test_one_of_our_own_that_raises_goes_on_with_the_next_record(hook: str, caplog: pytest.LogCaptureFixture) -> None:
+    bad, good = OneOfOurs(raises_at=hook), Recording()
+    fan = fan_out([bad, good])
+    with caplog.at_level(logging.ERROR, "otel_smtp"):
+        call_all(fan)
+        call_all(fan)
+    assert [told for told, _ in bad.told] == [told for told, _ in good.told] == [*TOLD, *TOLD]
+    assert [record.getMessage() for record in caplog.records] == [
+        "observer raised, telemetry is incomplete; mail is unaffected"
+    ]
+
+
+def test_one_of_our_own_that_raises_without_end_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    bad = OneOfOurs(raises_at="connection_opened")
+    fan = fan_out([bad])
+    with caplog.at_level(logging.ERROR, "otel_smtp"):
+        for _ in range(MOST_FAULTS + 10):
+            fan.connection_opened(CONNECTION)
+    assert len(bad.told) == MOST_FAULTS
+    assert [record.getMessage() for record in caplog.records] == [
+        "observer raised, telemetry is incomplete; mail is unaffected",
+        "observer raised and is dropped; mail is unaffected",
+    ]

@@ -148,3 +148,11 @@ def test_each_change_grows_the_version_and_nothing_else_does(rotates: bool) -> N
                 client.rotate()
             assert view.version == seen[-1]
     assert seen == sorted(set(seen))
+
+
+def test_a_connection_that_cannot_be_shown_hides_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    view = live_view()
+    clients = [Client(view) for _ in range(3)]
+    del clients[1].record.transitions
+    assert [len(view.snapshot()), len(view.snapshot())] == [2, 2]
+    assert len(caplog.records) == 1

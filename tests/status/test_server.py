@@ -10,7 +10,7 @@ import socket
 import time
 import weakref
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import pytest
@@ -557,7 +557,7 @@ async def test_it_stops_although_somebody_still_watches() -> None:
     await port.server.stop()
 
 
-async def test_a_broken_check_is_an_error_without_details() -> None:
+async def test_a_broken_check_is_a_reason_without_details() -> None:
     def broken() -> str | None:
         raise RuntimeError("secret")
 
@@ -569,7 +569,72 @@ async def test_a_broken_check_is_an_error_without_details() -> None:
     try:
         async with httpx.AsyncClient(trust_env=False) as client:
             answer = await client.get(f"http://{address}/readyz")
-        assert answer.status_code == 500
-        assert "secret" not in answer.text
+        assert answer.status_code == 503
+        assert answer.json()["reasons"] == {"broken": "the check failed: internal error"}
     finally:
         await server.stop()
+
+
+async def test_metrics_that_cannot_be_read_are_an_answer_with_a_reason(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(accept: str) -> tuple[bytes, str]:
+        raise RuntimeError("secret")
+
+    async with running(metrics=broken) as (_, client):
+        answers = [await client.get("/metrics") for _ in range(2)]
+    for answer in answers:
+        assert (answer.status_code, answer.text) == (
+            503, "the metrics cannot be read: internal error, the log says why\n"
+        )  # fmt: skip
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+
+
+async def test_upstreams_that_cannot_be_shown_take_nothing_else_with_them() -> None:
+    def broken() -> list[UpstreamView]:
+        raise RuntimeError("a fault")
+
+    async with running() as (port, client):
+        port.server._upstreams = broken
+        port.connection()
+        status = await client.get("/api/status")
+        connections = (await client.get("/api/connections")).json()["connections"]
+        upstreams = (await client.get("/api/upstreams")).json()["upstreams"]
+    assert (status.status_code, len(connections), upstreams) == (200, 1, [])
+
+
+class Unreadable:
+    """A span that was kept and cannot be read."""
+
+    def __init__(self, trace_id: int) -> None:
+        self.trace_id = trace_id.to_bytes(16, "big")
+        self.spans = 1
+
+    def __len__(self) -> int:
+        return 1
+
+    def to_records(self) -> NoReturn:
+        raise ValueError("a fault")
+
+
+async def test_a_trace_that_cannot_be_read_hides_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    async with running() as (port, client):
+        port.traces.add(mail_trace(1))
+        port.traces.add([Unreadable(2)])
+        port.traces.add([*mail_trace(3), Unreadable(3)])
+        for _ in range(2):
+            found = (await client.get("/api/traces")).json()
+            assert [trace["trace_id"] for trace in found["traces"]] == [f"{number:032x}" for number in (3, 1)]
+            assert [trace["dropped_spans"] for trace in found["traces"]] == [1, 0]
+            assert found["notes"] == ["1 of the traces in memory cannot be read: the log says why"]
+        shown = (await client.get(f"/api/traces/{3:032x}")).json()
+    [scope] = shown["resourceSpans"][0]["scopeSpans"]
+    assert len(scope["spans"]) == 3
+    assert len(caplog.records) == 2, "one line for spans, one for traces"
+
+
+async def test_an_oldest_trace_that_cannot_be_read_fails_no_search() -> None:
+    async with running() as (port, client):
+        port.traces = RecentTraces(recent_spans=4)
+        port.server._trace_search._traces = port.traces
+        port.traces.add([Unreadable(1)] * 4)
+        port.traces.add(mail_trace(2))
+        assert (await client.get("/api/traces")).status_code == 200

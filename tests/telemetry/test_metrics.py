@@ -4,20 +4,24 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any, NoReturn
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.sdk.resources import Resource
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from otel_smtp.observing import ConnectionRecord, Observer, Outcome, fan_out
+from otel_smtp.observing import ConnectionRecord, Observer, Outcome, TransactionRecord, fan_out
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import Verb
+from otel_smtp.smtp.envelope import Mail
 from otel_smtp.smtp.states import CloseReason, ConnState, Transition
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.expected_replies import EXPECTED_REPLIES
 from otel_smtp.telemetry.gauges import SharedQueue
+from otel_smtp.telemetry.metric_export import MetricsReading
 from otel_smtp.telemetry.metrics import Metrics
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.setup import TelemetryOptions, set_up
@@ -495,3 +499,86 @@ def test_the_receivers_of_outcomes_are_told_where_there_are_any() -> None:
 
 def test_replies_are_expected_to_verbs_that_there_are() -> None:
     assert EXPECTED_REPLIES.keys() == {None, "other", *Verb}
+
+
+def raising(*_: object) -> NoReturn:
+    raise RuntimeError("a fault")
+
+
+INCOMPLETE = "# incomplete, without {}: internal error, the log says why\n"
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"connections": raising}, "smtp.client.connections"),
+    ({"connections": lambda: [("provider", "idle", None)]}, "smtp.client.connections"),
+    ({"connections": lambda: [(None, "idle", 1)]}, "smtp.client.connections"),
+    ({"spool": raising}, "smtp.spool"),
+    ({"spool": lambda: ({"due": 1}, None, 0)}, "smtp.spool.age"),
+    ({"receivers": raising}, "smtp.notify"),
+    ({"dropped": raising}, "smtp.telemetry.dropped"),
+    ({"open_connections": raising}, "open connections"),
+    ({"store_timings": raising, "store_verbs": ["create"]}, "store timings"),
+]
+
+
+@pytest.mark.parametrize(("settings", "missing"), BROKEN)
+def test_what_cannot_be_read_takes_no_other_metric_with_it(
+    settings: dict[str, Any], missing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics, whole = Metrics(**settings), Metrics()
+    relay_a_mail([metrics, whole])
+    for _ in range(2):
+        page = metrics.page("text/plain")[0].decode()
+        assert page.startswith(INCOMPLETE.format(missing))
+    alike = {key for key in samples(whole) if not key[0].startswith(missing.replace(".", "_"))}
+    assert alike <= samples(metrics).keys()
+    assert metrics.page(OPENMETRICS)[0].endswith(b"# EOF\n")
+    assert [record.__dict__["about"] for record in caplog.records] == [missing]
+
+
+def test_what_can_be_read_again_is_missing_no_more() -> None:
+    broken = [True]
+    metrics = Metrics(spool=lambda: raising() if broken else ({"due": 1}, 0.0, 0))
+    assert metrics.page("text/plain")[0].startswith(b"# incomplete")
+    broken.clear()
+    assert b"incomplete" not in metrics.page("text/plain")[0]
+    assert ("smtp_spool_messages", (("smtp_spool_state", "due"),)) in samples(metrics)
+
+
+def test_a_histogram_that_cannot_be_read_takes_no_other_with_it() -> None:
+    metrics = Metrics(upstreams=["provider"])
+    relay_a_mail(metrics)
+    del metrics.measurements[0].series[("local",)].counts
+    page = metrics.page("text/plain")[0].decode()
+    assert page.startswith(INCOMPLETE.format("smtp.server.connection.duration"))
+    assert "smtp_server_state_duration_seconds_bucket" in page
+    data = MetricsReading(metrics, Resource({}), "1").read()
+    names = {metric.name for metric in data.resource_metrics[0].scope_metrics[0].metrics}
+    assert "smtp.server.state.duration" in names
+    assert "smtp.server.connection.duration" not in names
+
+
+def test_an_odd_record_keeps_no_other_from_being_counted(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    taken: list[TransactionRecord] = []
+
+    class Taking(Observer):
+        def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:
+            taken.extend(transactions)
+
+    Client(Taking()).ehlo().message().message()
+    metrics.transactions_settled([taken[0], None, taken[1]])  # type: ignore[list-item]
+    spooled = TransactionRecord.resumed("01J9ZQ4T3M", {}, Mail("news@example.com"), attempt=1)
+    delivery = begin_delivery(spooled)
+    finish_delivery(Observer(), delivery)
+    metrics.deliveries_settled([None, delivery])  # type: ignore[list-item]
+    seen = samples(metrics)
+    assert seen["smtp_server_transactions_total", (("smtp_outcome", "relayed"),)] == 2
+    assert seen["smtp_server_recipients_total", (("smtp_recipient_fate", "relayed"),)] == 3
+    assert sorted(record.__dict__["about"] for record in caplog.records) == ["delivery", "transaction"]
+
+
+def test_a_connection_that_cannot_be_counted_keeps_no_other_from_it() -> None:
+    connections: list[ConnectionRecord] = []
+    metrics = Metrics(open_connections=lambda: connections)
+    connections += [Client(metrics).ehlo().record for _ in range(3)]
+    del connections[1].replies
+    assert active(metrics)["Active"] == 2

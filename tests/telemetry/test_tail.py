@@ -124,3 +124,22 @@ async def test_a_number_of_another_process_begins_at_the_first_line() -> None:
 def test_colours_are_those_of_mark_and_code() -> None:
     text = "22:14:03.120 x 550 example.com -> example.org"
     assert colored(text, "refused") == "\x1b[2m22:14:03.120 \x1b[0m\x1b[31mx 550\x1b[0m example.com -> example.org"
+
+
+async def test_a_line_that_cannot_be_made_is_missed_and_takes_no_other_with_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tracing = Tracing()
+    tail = MailTail(tracing)
+    tail.start()
+    mails(tracing, 3)
+    first = tail._records[0]  # as the log has it: of a delivery, whose transaction's line comes next
+    first.msg = Broken()
+    lines, last, missed = await tail.after(0, 10)
+    assert (len(lines), last, missed) == (3, 4, 1)
+    assert [record.levelname for record in caplog.records if record.name == "otel_smtp.telemetry.tail"] == ["ERROR"]
+
+
+class Broken:
+    def __str__(self) -> str:
+        raise ValueError("a fault")

@@ -23,7 +23,7 @@ from opentelemetry.sdk.trace.sampling import (
 )
 from opentelemetry.trace import SpanKind, StatusCode
 
-from otel_smtp.observing import DeliveryPhase, Endpoint, Outcome, fan_out
+from otel_smtp.observing import DeliveryPhase, Endpoint, Observer, Outcome, TransactionRecord, fan_out
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, Mail
 from otel_smtp.smtp.replies import ErrorType, Reply
@@ -1145,3 +1145,24 @@ def test_the_sdks_processors_see_the_same_spans() -> None:
         assert span.instrumentation_scope.name == "otel_smtp"
     assert spans[1].context is not None
     assert spans[1].context.trace_state.to_header() == "vendor=1"
+
+
+def test_an_odd_record_costs_no_other_its_spans(caplog: pytest.LogCaptureFixture) -> None:
+    kept = Kept()
+    observer = tracing(kept)
+    taken: list[TransactionRecord] = []
+
+    class Taking(Observer):
+        def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:
+            taken.extend(transactions)
+
+    client = Client(Taking()).ehlo()
+    client.message().message()
+    observer.transactions_settled([taken[0], None, taken[1]])  # type: ignore[list-item]
+    assert len(kept.named("smtp.transaction")) == 2
+    spooled = TransactionRecord.resumed("01J9ZQ4T3M", {}, Mail("news@example.com"), attempt=1)
+    delivery = begin_delivery(spooled)
+    finish_delivery(Observer(), delivery)
+    observer.deliveries_settled([None, delivery])  # type: ignore[list-item]
+    assert len(kept.named("smtp.delivery")) == 3
+    assert [record.__dict__["about"] for record in caplog.records] == ["transaction", "delivery"]
