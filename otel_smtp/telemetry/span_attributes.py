@@ -4,6 +4,7 @@ Each is described by a shape (`shapes`), found by the values that come from smal
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Final
 
 from opentelemetry.trace import SpanKind
@@ -49,6 +50,8 @@ _OUR_FAILURES: Final = frozenset(
 _CLOSED_BY: Final = {CloseReason.INTERNAL_ERROR: ErrorType.INTERNAL, CloseReason.TLS_FAILURE: ErrorType.TLS}
 # Subjects of enhanced codes by which an upstream says that mail system (3) or network (4) failed (RFC 3463 3.4, 3.5).
 _FAILURE_SUBJECTS: Final = frozenset({3, 4})
+
+_when: Final = attrgetter("at_ns")
 
 _CONNECTIONS: Final = span_table(
     names.SPAN_CONNECTION,
@@ -399,10 +402,11 @@ class SpanAttributes:
             refused: those that are known.
             count: how many there are of them.
         """
-        shown = refused[:MOST_REFUSED]
+        # An upstream may have refused one before us, and decided only later that nobody gets the mail.
+        shown = sorted(refused[:MOST_REFUSED], key=_when)
         events = [EventRecord(one.at_ns + wall_offset_ns, names.RECIPIENT_EVENT, self.recipient(one)) for one in shown]
         if len(shown) < count:
-            time_ns = refused[-1].at_ns + wall_offset_ns
+            time_ns = shown[-1].at_ns + wall_offset_ns
             rest = {names.RECIPIENTS_NOT_SHOWN: count - len(shown)}
             events.append(EventRecord(time_ns, names.RECIPIENT_EVENT, rest))
         return events

@@ -166,6 +166,25 @@ def test_an_upstream_that_refuses_a_message_for_one_recipient_is_told_of_with_hi
     assert transaction.attributes["smtp.transaction.recipients_refused"] == 2
 
 
+def test_recipients_of_a_transaction_are_in_the_order_in_which_they_were_refused() -> None:
+    """One that we refused after the upstream had refused another, for whom it then refuses the whole message."""
+
+    def does(client: Client) -> None:
+        client.mail().rcpt("a@example.net").rcpt("gone@example.org")
+        transaction = client.transaction
+        assert transaction is not None
+        delivery = begin_delivery(transaction, "provider", 1, client.clock)
+        delivery.refuse(transaction.accepted[1], NO_USER, client.clock.monotonic_ns())
+        client.rcpt("bad@example.com", replies.BAD_RECIPIENT).data().header()
+        finish_delivery(client.observer, delivery, NO_USER, Outcome.REFUSED, clock=client.clock)
+        transaction.refuse_content(NO_USER, (), client.clock.monotonic_ns())
+        client.final(NO_USER, Outcome.REFUSED).quit()
+
+    events = spans_of(does)["smtp.transaction"].events
+    assert [event.attributes["smtp.rcpt.domain"] for event in events] == ["example.org", "example.com"]
+    assert [event.time_ns for event in events] == sorted(event.time_ns for event in events)
+
+
 def test_an_attempt_that_lost_a_recipient_has_failed_and_says_how_many() -> None:
     kept = Kept()
     client = Client(Tracing(sinks=[kept])).ehlo().mail().rcpt("a@example.net").data().header()
