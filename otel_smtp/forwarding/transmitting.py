@@ -13,7 +13,7 @@ from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.enveloping import Enveloping
 from otel_smtp.forwarding.settings import TracePolicy
-from otel_smtp.forwarding.verdicts import fold, outcome_of, wants_another_transaction
+from otel_smtp.forwarding.verdicts import deciding, fold, outcome_of, wants_another_transaction
 from otel_smtp.observing import DeliveryPhase, Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import ExchangeAnswers
@@ -252,7 +252,8 @@ class Transmitting(Enveloping):
     def _conclude_refused(self, reply: Reply, verdicts: Sequence[Reply]) -> Reply:
         """The message was refused, perhaps only for some recipients; returns the reply to the client."""
         attempt = self._attempt
-        own = reply if reply.error_type is ErrorType.UPSTREAM_REFUSED else None
+        said = deciding(verdicts) if verdicts else reply  # without a remark of ours
+        own = said if said.error_type is ErrorType.UPSTREAM_REFUSED else None
         reply = self._as_told(reply)
         outcome = outcome_of(reply)
         for recipient, verdict in zip(self.accepted, verdicts, strict=False):

@@ -68,19 +68,23 @@ def fold(verdicts: Sequence[Reply]) -> Reply:
     help one of the others (recipients who have the message may then get it twice), otherwise the first refusal's code
     and words, so that no recipient gets a copy with each of many attempts.
     """
+    refused = sum(reply.code >= 400 for reply in verdicts)
+    decisive = deciding(verdicts)
+    if refused in (0, len(verdicts)):
+        return decisive
+    count = f"taken for {len(verdicts) - refused} of {len(verdicts)} recipients"
+    if decisive.is_transient and decisive.error_type is not ErrorType.OUTCOME_UNKNOWN:
+        return quoting(replies.SOME_RECIPIENTS_DEFERRED.with_text(f"Message {count}"), decisive)
+    return with_remark(decisive, count)
+
+
+def deciding(verdicts: Sequence[Reply]) -> Reply:
+    """Which of the replies for each recipient is decisive for the final one: an outcome that is unknown, then a refusal
+    that lets the client try again, then one for good; the first of those, or of all."""
     refusals = [reply for reply in verdicts if reply.code >= 400]
-    if not refusals:
-        return verdicts[0]
-    unknown = next((reply for reply in refusals if reply.error_type is ErrorType.OUTCOME_UNKNOWN), None)
-    passing = unknown or next((reply for reply in refusals if reply.is_transient), None)
-    if len(refusals) == len(verdicts):
-        return passing or refusals[0]
-    count = f"taken for {len(verdicts) - len(refusals)} of {len(verdicts)} recipients"
-    if unknown is not None:
-        return with_remark(unknown, count)
-    if passing is not None:
-        return quoting(replies.SOME_RECIPIENTS_DEFERRED.with_text(f"Message {count}"), passing)
-    return with_remark(refusals[0], count)
+    unknown = (reply for reply in refusals if reply.error_type is ErrorType.OUTCOME_UNKNOWN)
+    passing = (reply for reply in refusals if reply.is_transient)
+    return next(unknown, None) or next(passing, None) or next(iter(refusals), verdicts[0])
 
 
 def with_remark(reply: Reply, remark: str) -> Reply:

@@ -356,18 +356,39 @@ class TransactionRecord:
         It stands with the attempt that decided; where there was none, here.
         """
         self.ended_ns = now_ns
-        delivery = self.deliveries[-1] if self.deliveries else None
-        upstream = None
-        if delivery is not None and delivery.ended_ns:
-            now_ns, upstream = delivery.ended_ns, delivery.upstream
-        refused = [
-            RecipientRecord(now_ns, recipient, fate, reply, upstream if _is_of_upstream(reply) else None)
-            for recipient, fate, reply in fates
-        ]
-        if delivery is not None:
-            delivery.refused = refused
-        else:
-            self.refused, self.own_count = refused, len(refused)
+        if not self.deliveries:
+            self.refused = [RecipientRecord(now_ns, recipient, fate, reply) for recipient, fate, reply in fates]
+            self.own_count = len(fates)
+            return
+        decided: dict[int, list[RecipientRecord]] = {}  # by the attempt
+        if fates:
+            said = {id(one.recipient): (where, one.reply) for where in self.deliveries for one in where.refused}
+            for recipient, fate, reply in fates:
+                delivery, its_reply = said.get(id(recipient), (None, None))
+                upstream = None
+                if delivery is None or its_reply != reply:
+                    delivery = self._deciding(reply)
+                    if _is_of_upstream(reply):
+                        upstream = delivery.upstream
+                else:
+                    upstream = delivery.upstream
+                refused = RecipientRecord(delivery.ended_ns or now_ns, recipient, fate, reply, upstream)
+                decided.setdefault(id(delivery), []).append(refused)
+        for delivery in self.deliveries:
+            delivery.refused = decided.get(id(delivery), ())
+
+    def _deciding(self, reply: Reply | None) -> "DeliveryRecord":
+        """The last attempt that ended with a reply, or failed as it says; of several transactions with upstreams each
+        has its own. The last one, where none did."""
+        attempts = self.deliveries[::-1]
+        if reply is not None:
+            for delivery in attempts:
+                if delivery.reply == reply:
+                    return delivery
+            for delivery in attempts:
+                if delivery.error_type is reply.error_type:
+                    return delivery
+        return attempts[0]
 
     def refuse_content(self, reply: Reply, verdicts: Sequence[Reply], now_ns: int) -> None:
         """Note that recipients that were accepted do not get the mail after all.
@@ -401,8 +422,7 @@ class TransactionRecord:
         for delivery in reversed(self.deliveries):
             if any(one.recipient is recipient for one in delivery.refused):
                 return delivery.upstream
-        is_passed_on = reply.error_type is ErrorType.UPSTREAM_REFUSED and self.deliveries
-        return self.deliveries[-1].upstream if is_passed_on else None
+        return self._deciding(reply).upstream if _is_of_upstream(reply) and self.deliveries else None
 
     def end(self, outcome: Outcome, reply: Reply | None, now_ns: int) -> None:
         """Note how it ended; the caller notifies the observers."""

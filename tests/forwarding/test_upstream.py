@@ -1069,6 +1069,10 @@ async def test_lmtp_answers_are_folded_into_one(
         codes = [int((lmtp_verdict(one.address) or b"250")[:3]) for one in recipients]
         counts = attempt.accepted_count, attempt.refused_count, attempt.deferred_count
         assert counts == (codes.count(250), codes.count(550), codes.count(452))
+        # Of the attempt, what the upstream said itself.
+        decisive = next((code for code in (452, 550) if code in codes), 250)
+        said = {250: "250 2.0.0 delivered", 452: "452 4.2.2 full", 550: "550 5.1.1 gone"}
+        assert str(attempt.reply) == said[decisive]
         assert upstream.verbs[0] == "LHLO"
         relayed = await relay(forwarder)
         assert relayed.reply is not None

@@ -30,7 +30,7 @@ from otel_smtp.telemetry.redaction import Addresses, Redaction
 from otel_smtp.telemetry.shapes import EncodedSpan
 from otel_smtp.telemetry.terminal_log import MailLines
 from otel_smtp.telemetry.tracing import Tracing
-from tests.telemetry.driving import Client, Kept, begin_delivery, each_to, finish_delivery
+from tests.telemetry.driving import QUEUED, Client, Kept, begin_delivery, each_to, finish_delivery
 
 NO_USER = Reply(550, replies.BAD_RECIPIENT.enhanced, ("<gone@example.org>: No such user",), ErrorType.UPSTREAM_REFUSED)
 GREYLISTED = Reply(450, replies.UPSTREAM_CREDENTIALS.enhanced, ("Greylisted",), ErrorType.UPSTREAM_REFUSED)
@@ -185,6 +185,21 @@ def test_recipients_of_a_transaction_are_in_the_order_in_which_they_were_refused
     assert [event.time_ns for event in events] == sorted(event.time_ns for event in events)
 
 
+def test_the_upstream_that_refused_is_named_and_not_the_one_that_was_asked_last() -> None:
+    def does(client: Client) -> None:
+        client.mail().rcpt("a@example.net").rcpt("b@example.org").data().header()
+        transaction = client.transaction
+        assert transaction is not None
+        for name, reply, outcome in (("first", NO_USER, Outcome.REFUSED), ("second", QUEUED, Outcome.RELAYED)):
+            finish_delivery(client.observer, begin_delivery(transaction, name, 1, client.clock), reply, outcome)
+        transaction.refuse_content(NO_USER, (NO_USER, QUEUED), client.clock.monotonic_ns())
+        client.final(NO_USER, Outcome.PARTLY_RELAYED).quit()
+
+    [event] = spans_of(does)["smtp.transaction"].events
+    assert event.attributes["smtp.rcpt.domain"] == "example.net"
+    assert event.attributes["smtp.upstream.name"] == "first"
+
+
 def test_an_attempt_that_lost_a_recipient_has_failed_and_says_how_many() -> None:
     kept = Kept()
     client = Client(Tracing(sinks=[kept])).ehlo().mail().rcpt("a@example.net").data().header()
@@ -334,6 +349,48 @@ def test_an_attempt_from_the_spool_tells_the_fate_that_it_decided() -> None:
     assert told[0].time_ns + 1000 <= span.end_ns
     assert told[0].attributes["smtp.upstream.name"] == "provider"
     assert {fate: count for fate, count in recipients(metrics).items() if count} == {"relayed": 1, "bounced": 1}
+
+
+def test_of_several_transactions_with_upstreams_each_tells_of_the_recipients_that_it_lost() -> None:
+    """As where an upstream takes few recipients at once: one attempt at a queued mail, made of several."""
+    full = Reply(552, replies.BAD_RECIPIENT.enhanced, ("full",), ErrorType.UPSTREAM_REFUSED)
+    metrics, kept = Metrics(), Kept()
+    observer = fan_out([Tracing(sinks=[kept]), metrics])
+    record = TransactionRecord.resumed("01J9", STORED, Mail(""), attempt=1)
+    names = ["gone", "good", "full", "lost", "later", "fine"]
+    gone, _, of_content, lost, later, _ = record.accepted = [Recipient(f"{name}@{name}.example") for name in names]
+    at_rcpt, at_end, cut_off, last = [begin_delivery(record, name) for name in ("first", "second", "third", "fourth")]
+    at_rcpt.refuse(gone, NO_USER, time.monotonic_ns())
+    finish_delivery(Observer(), at_rcpt, outcome=Outcome.PARTLY_RELAYED)
+    finish_delivery(Observer(), at_end, full, Outcome.REFUSED)
+    finish_delivery(Observer(), cut_off, None, Outcome.UNKNOWN, error_type=ErrorType.OUTCOME_UNKNOWN)
+    last.refuse(later, replies.UPSTREAM_CREDENTIALS, time.monotonic_ns())
+    finish_delivery(Observer(), last, outcome=Outcome.PARTLY_RELAYED)
+    fates = [
+        (gone, Fate.BOUNCED, NO_USER),
+        (of_content, Fate.BOUNCED, full),
+        (lost, Fate.DEFERRED, replies.OUTCOME_UNKNOWN),
+        (later, Fate.DEFERRED, replies.UPSTREAM_CREDENTIALS),
+    ]
+    record.end_in_spool(fates, time.monotonic_ns())
+    for delivery in record.deliveries:
+        observer.delivery_ended(delivery)
+    told = {
+        span.attributes["smtp.upstream.name"]: [
+            (event.attributes["smtp.rcpt.domain"], event.attributes.get("smtp.upstream.name"))
+            for event in span.events
+            if event.name == "smtp.recipient"
+        ]
+        for span in kept.named("smtp.delivery")
+    }
+    assert told == {
+        "first": [("gone.example", "first")],
+        "second": [("full.example", "second")],
+        "third": [("lost.example", None)],  # that is ours to say
+        "fourth": [("later.example", "fourth")],
+    }
+    assert recipients(metrics)["bounced"] == 2
+    assert recipients(metrics)["refused"] == 0
 
 
 def test_what_is_deferred_has_not_ended_and_is_not_counted() -> None:
