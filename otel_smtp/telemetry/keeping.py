@@ -64,14 +64,14 @@ class Keeping:
                 (record.error_type is not None or (reply is not None and reply.error_type is not None))
                 and our_failure(record.outcome, reply, record.error_type) is not None
             )
+            # Its client was told that all is well, since the spool has what an upstream has not.
+            or (record.outcome is Outcome.QUEUED and any(map(_has_failed, record.deliveries)))
         )
         return self._decide(duration_ns, is_error=is_error) if is_error or duration_ns > self._slow_ns else None
 
     def attempt(self, record: DeliveryRecord) -> Keep | None:
         """Why an attempt from the spool is kept; None: it is not."""
-        is_error = record.refused_count > 0 or record.deferred_count > 0 or bool(record.refused)
-        is_error = is_error or attempt_failure(record.outcome, record.reply, record.error_type) is not None
-        return self._decide(record.ended_ns - record.begun_ns, is_error=is_error)
+        return self._decide(record.ended_ns - record.begun_ns, is_error=_has_failed(record) or bool(record.refused))
 
     def failure(self) -> Keep | None:
         """Why something is kept that failed."""
@@ -96,3 +96,10 @@ class Keeping:
             return None
         self._left -= 1
         return reason
+
+
+def _has_failed(record: DeliveryRecord) -> bool:
+    """Whether an attempt lost a recipient, or failed."""
+    if record.refused_count or record.deferred_count:
+        return True
+    return attempt_failure(record.outcome, record.reply, record.error_type) is not None

@@ -8,6 +8,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from otel_smtp.observing import Fate, Observer, Outcome, SpoolAction, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.telemetry.keeping import Keep, Keeping
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.shapes import EncodedSpan
@@ -15,6 +16,7 @@ from otel_smtp.telemetry.tracing import Tracing
 from tests.telemetry.driving import Client, FakeClock, begin_delivery, each_to, finish_delivery
 
 BOTH = [Keep.ERRORS, Keep.SLOW]
+GREYLISTED = Reply(450, replies.UPSTREAM_CREDENTIALS.enhanced, ("Greylisted",), ErrorType.UPSTREAM_REFUSED)
 
 
 class Exported:
@@ -54,6 +56,37 @@ def test_a_refused_recipient_keeps_the_mail_its_attempts_and_its_connection_and_
     assert len(exported.spans[1].events) == 1
     assert len(exported.spans[2].events) > 3
     assert carried["traceparent"].endswith("-00") or carried["traceparent"][-2:] == "02"  # downstream: the sampler's
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reply", "is_kept"),
+    [
+        (Outcome.RELAYED, None, False),
+        (Outcome.DEFERRED, replies.UPSTREAM_UNAVAILABLE, True),
+        (Outcome.UNKNOWN, None, True),
+    ],
+)
+def test_a_mail_that_was_queued_since_its_upstream_failed_is_kept(
+    outcome: Outcome, reply: Reply | None, is_kept: bool
+) -> None:
+    exported = Exported(Keeping(BOTH))
+    client = exported.client().mail().rcpt().data().header()
+    assert client.transaction is not None
+    delivery = begin_delivery(client.transaction, "provider", 1, client.clock)
+    finish_delivery(client.observer, delivery, reply, outcome, clock=client.clock)
+    client.final(outcome=Outcome.QUEUED).quit()
+    assert exported.names == (["delivery", "transaction", "connection"] if is_kept else [])
+
+
+def test_a_recipient_that_was_queued_is_a_reason_to_keep_the_mail() -> None:
+    exported = Exported(Keeping(BOTH))
+    client = exported.client().mail().rcpt().rcpt("later@example.org").data().header()
+    assert client.transaction is not None
+    delivery = begin_delivery(client.transaction, "provider", 1, client.clock)
+    delivery.refuse(client.transaction.accepted[1], GREYLISTED, client.clock.monotonic_ns())
+    finish_delivery(client.observer, delivery, outcome=Outcome.PARTLY_RELAYED, clock=client.clock)
+    client.final(outcome=Outcome.QUEUED).quit()
+    assert exported.names == ["delivery", "transaction", "connection"]
 
 
 @pytest.mark.parametrize("reason", BOTH)
