@@ -1,16 +1,15 @@
-"""Settings: what can be set, the defaults, and what is refused at start.
+"""Settings: keys, defaults, and the checks at start.
 
-Theory of operation
--------------------
-The structures of `settings` are the one home of every setting: a field is a setting, its name is the key, its default
-is the default, and the `Key` beside it says what the value means, how it is written and where the default comes from.
-`loading` merges the sources and reads each value by its kind (`values`, `addresses`), `consistency` finds settings that
-contradict each other, `problems` words what is wrong, `description` makes the effective settings, the reference table
-and the JSON Schema, `changing` says which new values a running gateway takes.
+Theory of operation ------------------- The structures of `settings` are the one home of every setting: a field is a
+setting, its name is the key, its default is the default, and its `Key` has the meaning, the form of the value and the
+source of the default. `loading` merges the sources and reads each value by its kind (`values`, `addresses`),
+`consistency` finds settings that contradict each other, `problems` words the errors, `description` makes the list of
+effective settings, the reference table and the JSON Schema, `changing` decides which new values a running gateway
+takes.
 
 Settings come from four places, each over the one before: defaults, the TOML file, the environment
 (`OTELSMTP_LIMITS__RECIPIENTS`, `OTELSMTP_LISTENER__0__TLS`), flags (`--set limits.recipients=50`). They are merged key
-by key, never one source instead of another. `Settings.origins` remembers where each value came from.
+by key; no source replaces another as a whole. `Settings.origins` remembers where each value came from.
 
 All problems are collected and reported at once: source, key, value, what is allowed. The value of a secret is never
 shown. Settings of `OTEL_*` variables have no second name here.

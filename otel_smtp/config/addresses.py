@@ -1,4 +1,4 @@
-"""How settings write where something is: listen addresses, networks, URLs, and mail addresses."""
+"""Addresses in settings: listen addresses, networks, URLs, and mail addresses."""
 
 import re
 from collections.abc import Iterable
@@ -26,11 +26,11 @@ LOOPBACK_NETWORKS: Final[tuple[Network, ...]] = (IPv4Network("127.0.0.0/8"), IPv
 
 _HOST_NAME: Final = re.compile(r"(?=.{1,253}\Z)(?!.*\.\.)[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
 HOST_NAME_PATTERN: Final = r"(?=.{1,253}\Z)(?!.*\.\.)[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?"
-"""A domain as EHLO and Received may name it (RFC 5321 4.1.2 Domain, length 4.5.3.1.2)."""
+"""A domain that is valid in EHLO and Received (RFC 5321 4.1.2 Domain, length 4.5.3.1.2)."""
 
 
 def literal_address(host: str) -> IPv4Address | IPv6Address | None:
-    """`host` as an IP address, None where it is a name."""
+    """`host` as an IP address; None if it is a name."""
     try:
         return ip_address(host)
     except ValueError:
@@ -46,7 +46,7 @@ def is_loopback_host(host: str) -> bool:
 
 
 def reached_host(host: str) -> str:
-    """What a connection to `host` reaches: of an address its one form, and this machine where it is 0.0.0.0 or [::]."""
+    """The host that a connection to `host` reaches: an address in canonical form; this machine for 0.0.0.0 or [::]."""
     address = literal_address(host)
     if address is None:
         return host
@@ -165,7 +165,7 @@ def covers_everybody(networks: Iterable[Network]) -> bool:
 
 
 class UpstreamUrl(msgspec.Struct, frozen=True):
-    """Where an upstream is, and its protocol.
+    """An upstream's address and protocol.
 
     Attributes:
         tls: OFF for smtp:// and lmtp://, STARTTLS (required) for smtp+starttls://, IMPLICIT for smtps://.
@@ -239,7 +239,7 @@ class UpstreamUrlKind(msgspec.Struct, frozen=True):
 
 
 class ReceiverUrlKind(msgspec.Struct, frozen=True):
-    """A URL that requests are sent to: https, or http on this machine."""
+    """A URL for requests: https, or http on this machine."""
 
     allowed: str = "an https URL, or http on this machine, without user, password and fragment"
 
@@ -272,7 +272,7 @@ def url_endpoint(url: str) -> Endpoint:
 
 
 class MailboxKind(msgspec.Struct, frozen=True):
-    """One mail address, ASCII: it must be fit for every upstream; or "", which is none."""
+    """One mail address, ASCII, since every upstream must accept it; "" is none."""
 
     allowed: str = 'a mail address such as "relay@example.com"'
 
@@ -291,7 +291,7 @@ class MailboxKind(msgspec.Struct, frozen=True):
 
 
 class AddressPattern(msgspec.Struct, frozen=True):
-    """Which senders or recipients a route serves: `*` stands for any text, `?` for one character.
+    """A pattern of senders or recipients for a route: `*` stands for any text, `?` for one character.
 
     The null path is written "<>" and becomes "", as in an envelope. Brackets are not allowed, since matching would read
     them as sets of characters; so a pattern cannot match an address literal alone.

@@ -1,8 +1,8 @@
-"""The ledger: each thing that somebody else can make grow, and what bounds it.
+"""The ledger: everything that others can make grow, each with its bound.
 
-A row names its bound where it is written: a setting, or a constant. `tests/test_bounds.py` reads each of them, and sees
-to it that the row's test exists; deploy/reference has the table with the values. Whatever grows by what a client, an
-upstream, a collector, a reader of the status port or a neighbour does has its row here.
+A row names the setting or constant that is its bound. `tests/test_bounds.py` reads each of them, and checks that the
+row's test exists; deploy/reference has the table with the values. Everything that a client, an upstream, a collector, a
+reader of the status port or a neighbour can make grow has its row here.
 """
 
 from enum import StrEnum
@@ -27,9 +27,9 @@ class Bound(NamedTuple):
     Attributes:
         whose: see `Whose`.
         what: grows.
-        by: the settings that bound it, by their paths; or constants, by module and name.
+        by: the bounding settings, by path; or constants, by module and name.
         beyond: what happens then.
-        test: that shows it, by file and name.
+        test: the test that shows it, by file and name.
     """
 
     whose: Whose

@@ -1,4 +1,4 @@
-"""Settings read again while a gateway runs: what has changed, and what of it holds without a restart."""
+"""Settings read again while a gateway runs: which have changed, and which changes need a restart."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -52,10 +52,10 @@ AT_ONCE: Final[Mapping[type[Table], frozenset[str]]] = {
 
 
 class Change(NamedTuple):
-    """What became of settings that were read again.
+    """The result of reading settings again.
 
     Attributes:
-        settings: those that hold from now on: the new ones, but for what needs a restart.
+        settings: those in force from now on: the new ones, except those that need a restart.
         changed: key paths whose new values are among them, in the order of the tables.
         needs_restart: key paths whose old values stay until then.
     """
@@ -66,16 +66,16 @@ class Change(NamedTuple):
 
 
 def change(before: Settings, after: Settings) -> Change:
-    """Compare settings that were read again with those that hold.
+    """Compare settings read again with those in force.
 
     A listener whose address changes keeps all of its old settings, and so do all of them where one comes, goes or is
-    renamed: what was checked as a whole must hold as a whole. A new `allow` that suits a new loopback address would
-    make an open relay at the old one. Upstreams stay as they are where one of them names a limit that is new, or
-    shares another number of connections. So does a table that would contradict what stays, as an upstream at the
-    address that a listener keeps until the restart.
+    renamed: settings checked together must take effect together. A new `allow` that suits a new loopback address would
+    make an open relay at the old one. Upstreams stay as they are where one of them names a limit that is new, or shares
+    another number of connections. So does a table that would contradict what stays, as an upstream at the address that
+    a listener keeps until the restart.
     """
     if before.delivery.mode != after.delivery.mode:
-        # A default that follows the mode stays with it.
+        # A default that depends on the mode stays with the old mode.
         upstreams = patient(after.upstream, before.delivery.mode, after.origins)
         after = msgspec.structs.replace(after, upstream=upstreams)
     changed: list[str] = []
@@ -108,7 +108,7 @@ def change(before: Settings, after: Settings) -> Change:
 
 
 def _contradicted(merged: Settings, after: Settings) -> Sequence[str]:
-    """The tables with contradictions that are none between the new settings."""
+    """The tables with contradictions that the new settings alone do not have."""
     of_after = {(problem.key, problem.message) for problem in contradictions(after)}
     found = [problem for problem in contradictions(merged) if (problem.key, problem.message) not in of_after]
     return tuple(dict.fromkeys(problem.key.partition(".")[0] for problem in found))
@@ -126,7 +126,7 @@ def _names_known_limits(upstreams: tuple[UpstreamTable, ...], before: Settings) 
 
 
 def _table(old: Table, new: Table, prefix: str, changed: list[str], needs_restart: list[str]) -> Table:
-    """One table with what may be new of it."""
+    """One table with the new values that may take effect."""
     kept: dict[str, object] = {}
     at_once = AT_ONCE.get(type(old), frozenset())
     for name in _different(old, new):
@@ -165,7 +165,7 @@ def _lists(
     changed: list[str],
     needs_restart: list[str],
 ) -> tuple[Table, ...]:
-    """A list of tables, which is new as a whole or not at all."""
+    """A list of tables, which takes effect as a whole or not at all."""
     if old == new:
         return old
     if AT_ONCE.get(entry.item) != frozenset(SCHEMA[entry.item]):
@@ -180,7 +180,7 @@ def _lists(
 
 
 def holds_at_once(table: type[Table], name: str) -> bool:
-    """Whether a setting's new value holds without a restart."""
+    """Whether a setting's new value takes effect without a restart."""
     return name in AT_ONCE.get(table, ())
 
 

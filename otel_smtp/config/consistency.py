@@ -27,7 +27,7 @@ from otel_smtp.smtp.states import TlsMode
 _T = TypeVar("_T")
 
 HANDED_ON_MESSAGES: Final = 100
-"""After which a connection slot is another's turn; see `forwarding.slots`."""
+"""The time of a turn with a connection slot; see `forwarding.slots`."""
 
 
 class Consistency:
@@ -39,11 +39,11 @@ class Consistency:
         settings: as they were read; an invalid one has its default.
         origins: by key path, where a setting was set.
         broken: key paths of invalid settings.
-        verifies_tokens: the program verifies bearer tokens, so that clients can log in without a users file.
+        verifies_tokens: the program verifies bearer tokens, so clients can log in without a users file.
 
     Attributes:
-        problems: what `run` found.
-        warnings: what is allowed and yet questionable.
+        problems: found by `run`.
+        warnings: allowed but questionable settings.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Consistency:
         self.problems.append(Problem(self._origin(key), key, value, message))
 
     def _origin(self, key: str) -> str:
-        """Where a setting was set; of a default, or of one that is missing, where another of its table was."""
+        """Where a setting was set; for a default or a missing one, where another of its table was."""
         table = f"{key.rpartition('.')[0]}."
         beside = (source for path, source in self._origins.items() if table != "." and path.startswith(table))
         return self._origins.get(key) or next(beside, "default")
@@ -158,7 +158,7 @@ class Consistency:
             self.warnings.append(f"{path}.auth_in_clear: clients send passwords in clear to {', '.join(exposed)}")
 
     def _believed_proxies(self, path: str, listener: ListenerTable) -> None:
-        """A client whose own PROXY header is believed chooses its address, and with it whether it may relay."""
+        """A client whose own PROXY header is trusted chooses its address, and thereby whether it may relay."""
         proxies = listener.proxy_protocol_from
         chooses = listener.allow and listener.auth != "required" and not covers_everybody(listener.allow)
         if chooses and covers_everybody(proxies):
@@ -241,7 +241,7 @@ class Consistency:
                 self._add(f"{path}.{name}", "***" if "_" in name else upstream.scope, f"needs {path}.token_url")
 
     def _slots(self, upstreams: Sequence[tuple[str, UpstreamTable]]) -> None:
-        """Say what is never reached where connections are shared out."""
+        """Warn of settings never reached because connections are shared out."""
         for path, upstream in upstreams:
             total = upstream.connections_total
             if total is None:
@@ -344,7 +344,7 @@ class Consistency:
             self._add("telemetry.addresses", "hash", "needs telemetry.addresses_hash_key_file")
 
     def connections(self, file_limit: int | None) -> int:
-        """The number of connections that fits into the process's file limit.
+        """The number of connections that fit into the process's file limit.
 
         A connection may need a socket to its client, one to an upstream, and a file of the spool; the last quarter is
         for everything else. A number that the operator set is refused if it does not fit; the default is lowered.

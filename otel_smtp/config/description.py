@@ -11,7 +11,7 @@ from otel_smtp.config.values import Choice
 
 
 class Row(NamedTuple):
-    """An effective setting: key path, value as it would be written, where it was set."""
+    """An effective setting: key path, value as written in a file, where it was set."""
 
     key: str
     value: str
@@ -38,13 +38,14 @@ def _rows(table: Table, prefix: str, origins: Mapping[str, str]) -> Iterator[Row
 
 
 def _may_be_none(key: Key) -> bool:
-    """Whether None is a value ("off") and not the absence of one."""
+    """Whether None is a value ("off") rather than the absence of one."""
     return bool(getattr(key.kind, "may_be_off", False))
 
 
 class Documented(NamedTuple):
-    """What the reference says of a setting: key, default, what a new value needs (reload or restart), meaning with the
-    source of the default. Default and meaning are Markdown."""
+    """A setting's row in the reference: key, default, what a new value needs (reload or restart), meaning with the
+    source of the default. Default and meaning are Markdown.
+    """
 
     key: str
     default: str

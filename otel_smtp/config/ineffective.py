@@ -1,7 +1,7 @@
-"""Settings that are valid and change nothing beside the others: an operator who wrote one expects something of it.
+"""Valid settings without effect beside the others, of which an operator who set them expects something.
 
-They are warnings: a shared file or an injected environment may well set more than one gateway uses. Settings that
-promise protection, as a users file where nobody logs in, are refused instead; see `consistency`.
+They are warnings: a shared file or an injected environment may set more than one gateway uses. Settings that promise
+protection, such as a users file without logins, are refused instead; see `consistency`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -55,7 +55,7 @@ def _of_listener(path: str, listener: ListenerTable, origins: Mapping[str, str])
 
 
 def _behind_one_for_all(upstreams: tuple[UpstreamTable, ...]) -> Iterator[str]:
-    """Routes that an earlier upstream leaves nothing to, as long as it can be reached."""
+    """Routes that get no mail as long as an earlier upstream can be reached."""
     all_mail = next((n for n, one in enumerate(upstreams) if not one.senders and not one.recipients), len(upstreams))
     for index, upstream in enumerate(upstreams[all_mail + 1 :], all_mail + 1):
         keys = [f"upstream.{index}.{name}" for name in ("senders", "recipients") if getattr(upstream, name)]
@@ -81,7 +81,7 @@ def _of_telemetry(telemetry: TelemetryTable, origins: Mapping[str, str]) -> Iter
 
 
 def _without_files(keys: list[str]) -> list[str]:
-    """The keys, but for those of secrets that a file gave: they are there by the names of the files."""
+    """The keys without secrets that came from files, which are listed by the files' keys."""
     return [key for key in keys if f"{key}_file" not in keys]
 
 

@@ -1,4 +1,4 @@
-"""Settings from their sources: merged key by key, read by their kinds, all problems collected."""
+"""Loading settings: merge the sources key by key, read each value by its kind, collect all problems."""
 
 import os
 import re
@@ -97,7 +97,7 @@ class _Loader:
             self.values(document, source, path.absolute().parent)
 
     def values(self, document: Mapping[str, object], source: str, directory: Path | None) -> None:
-        """Take a tree of plain values, as TOML gives it."""
+        """Take a tree of plain values, as from TOML."""
         self._merge(Settings, document, self.tree, "", source, directory)
 
     def _merge(
@@ -285,10 +285,10 @@ class _Loader:
         except BadValue:
             return  # reported with `<key>_file` itself
         if path is None or _unreadable(path):
-            return  # so is this; reading a device or pipe might never end
+            return  # likewise; reading a device or pipe might never end
         try:
             # Editors and `echo` end a file with one line end; any further one belongs to the secret.
-            # Some of them begin it with a byte order mark, which "utf-8-sig" leaves out.
+            # Some write a byte order mark, which "utf-8-sig" removes.
             text = path.read_text(encoding="utf-8-sig").removesuffix("\n").removesuffix("\r")
             fields[name] = key.kind.parse(Given(text, given.source))
             self.origins[f"{prefix}{name}"] = given.source
@@ -301,7 +301,7 @@ class _Loader:
             self.add(given.source, f"{prefix}{name}_file", given.value, "the file's content is not UTF-8 text")
 
 
-# Stands for an upstream whose URL is invalid, so that the others keep their numbers. Never leaves `load`.
+# Replaces an upstream with an invalid URL, so that the others keep their numbers. Never leaves `load`.
 _NOWHERE: Final = UpstreamUrl("smtp", TlsMode.OFF, "smtp", Endpoint("", 0))
 
 # Keys that a table must have, and placeholders for missing ones, as above.
@@ -371,7 +371,7 @@ def load(
         needs_upstream: refuse settings without an upstream.
         verifies_tokens: the program passes a token verifier to its `Gateway`, so that a listener with AUTH needs no
             users file.
-        is_command: messages call the parameters by the names of the commands' options.
+        is_command: messages use the names of the commands' options for the parameters.
         file_limit: how many files the process may open; None: as the system says.
 
     Raises:
@@ -410,7 +410,7 @@ def load(
 
 
 def _warning_in_time(spool: SpoolTable, origins: Mapping[str, str]) -> SpoolTable:
-    """A default never contradicts what is set: of mail that does not get old, half its age is late enough."""
+    """A default must not contradict a setting: for mail with a short lifetime, warn after half of it."""
     if spool.warn_after is None or "spool.warn_after" in origins:
         return spool
     return msgspec.structs.replace(spool, warn_after=min(spool.warn_after, spool.max_age / 2))

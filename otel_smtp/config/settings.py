@@ -1,8 +1,8 @@
-"""Every setting: its key, what it means, how it is written, its default and where that comes from.
+"""Every setting: its key, its meaning, the form of its value, its default and the default's source.
 
 A field is a setting, its name is the key, its default is the default. Loading, error messages, `otel-smtp check` and
-the README's table all read them here. A structure holds checked values. Rooms never get these structures, only the
-few values that each needs; `gateway.wiring` passes them.
+the README's table all read them here. A structure holds checked values. Other packages never get these structures, only
+the few values that each needs, from `gateway.wiring`.
 """
 
 import os
@@ -77,7 +77,7 @@ class Key(msgspec.Struct, frozen=True):
         meaning: for the README's table.
         kind: how its value is written.
         source: where the default comes from, if that is not obvious.
-        default: what the table shows if the default is derived from other settings.
+        default: the table's text if the default is derived from other settings.
         secret: never shown; may also be given as a file, by the key with `_file` appended.
         must_be_readable: the file is read at start.
     """
@@ -99,7 +99,7 @@ _COUNT: Final = Integer()
 
 
 class ListenerTable(Table, frozen=True, kw_only=True):
-    """Where clients connect, and what they may do there."""
+    """A listener's address, and its clients' permissions."""
 
     name: Annotated[str, Key("the listener's name in spans, metrics and logs", _NAME)] = "local"
     address: Annotated[
@@ -410,7 +410,7 @@ class UpstreamTable(Table, frozen=True, kw_only=True):
         if not self.name:
             msgspec.structs.force_setattr(self, "name", str(self.url.endpoint))
         if self.trace_context is None:
-            # A trace id is no secret, but it is none of a provider's business.
+            # A trace id is no secret, but a provider need not see it.
             msgspec.structs.force_setattr(self, "trace_context", "inject" if self.url.is_local else "strip")
 
 
@@ -677,7 +677,7 @@ class Settings(Table, frozen=True, kw_only=True):
 
     Attributes:
         origins: by key path, where the value was set; defaults are missing.
-        warnings: what is allowed and yet questionable, for the log at start.
+        warnings: allowed but questionable settings, for the log at start.
     """
 
     hostname: Annotated[

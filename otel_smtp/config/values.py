@@ -1,8 +1,8 @@
-"""How the value of a setting is written: text, numbers, durations, sizes, paths, lists; see also `addresses`.
+"""Kinds of values: text, numbers, durations, sizes, paths, lists; see also `addresses`.
 
-A `ValueKind` knows three things about a value: what is allowed (for error messages), how to read it, and how to show
-it. A value comes either typed, from TOML, or as text, from the environment or a flag; `parse` takes both, so that
-`recipients = 50` and `OTELSMTP_LIMITS__RECIPIENTS=50` mean the same.
+A `ValueKind` names the allowed values (for error messages), reads a value, and shows it. A value is either typed, from
+TOML, or text, from the environment or a flag; `parse` takes both, so `recipients = 50` and
+`OTELSMTP_LIMITS__RECIPIENTS=50` mean the same.
 """
 
 import math
@@ -21,7 +21,7 @@ DAY: Final = 86400.0
 
 
 class BadValue(ValueError):
-    """A value that its kind does not allow; the message, if any, adds to the kind's own `allowed`."""
+    """A value that its kind does not allow; the message, if any, is added to the kind's `allowed`."""
 
 
 class Given(msgspec.Struct, frozen=True):
@@ -43,11 +43,11 @@ class Given(msgspec.Struct, frozen=True):
 
 
 class ValueKind(Protocol):
-    """How one kind of value is written."""
+    """One kind of value."""
 
     @property
     def allowed(self) -> str:
-        """What is allowed, in words that follow "allowed: "."""
+        """The allowed values, in words that follow "allowed: "."""
         ...
 
     def parse(self, given: Given) -> Any:
@@ -64,7 +64,7 @@ class ValueKind(Protocol):
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What editors can know of a value in a TOML file, as JSON Schema; `parse` has the last word."""
+        """The JSON Schema of a value in a TOML file, for editors; `parse` may refuse more."""
         ...
 
 
@@ -220,7 +220,7 @@ class Duration(msgspec.Struct, frozen=True):
             return None
         if isinstance(value, str):
             match = _DURATION.fullmatch(value.strip())
-            # In a file, text without a unit is more likely a forgotten unit than seconds.
+            # In a file, a text without a unit has more likely a forgotten unit than seconds.
             if match is None or (match[2] is None and not given.is_text):
                 raise BadValue
             value = float(match[1]) * _DURATION_UNITS[match[2] or "s"]
@@ -235,7 +235,7 @@ class Duration(msgspec.Struct, frozen=True):
 
 
 class Rate(NamedTuple):
-    """So many in each period."""
+    """A number per period."""
 
     amount: int
     period_seconds: float
@@ -245,7 +245,7 @@ _RATE: Final = re.compile(r"([0-9]{1,9})\s*/\s*(s|m|h|d)")
 
 
 class RateKind(msgspec.Struct, frozen=True):
-    """So many per second, minute, hour or day."""
+    """A rate per second, minute, hour or day."""
 
     allowed: str = 'a whole number, at least 1, per second, minute, hour or day, as "5/s", "30/m", "500/h", "10000/d"'
 
@@ -343,7 +343,7 @@ class FilePath(msgspec.Struct, frozen=True):
     """A file or directory. In a settings file a relative path is relative to that file.
 
     Attributes:
-        may_be_empty: "" is none, as if it were not set; elsewhere it is more likely a variable that was not filled in.
+        may_be_empty: "" means not set; elsewhere it is more likely a variable that was not filled in.
     """
 
     allowed: str = "a path"
@@ -393,7 +393,7 @@ class SecretText(msgspec.Struct, frozen=True):
 
 
 class Many(msgspec.Struct, frozen=True):
-    """A list. In the environment and in flags its items stand between commas; in a file, one may stand alone."""
+    """A list. In the environment and in flags, commas separate its items; in a file, a single item needs no brackets."""
 
     item: ValueKind
     may_be_empty: bool = True

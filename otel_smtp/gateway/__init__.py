@@ -9,7 +9,7 @@ __all__ = ["Gateway"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the whole gateway at first use: `signals` is wanted before the time that takes."""
+    """Import the whole gateway at first use: `signals` is needed before that, which takes time."""
     if name != "Gateway":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from otel_smtp.gateway.gateway import Gateway

@@ -1,6 +1,6 @@
-"""The gateway as one object: it builds the rooms out of settings, starts them, drains them, and flushes telemetry.
+"""The gateway as one object: builds the parts from settings, starts them, drains them, and flushes telemetry.
 
-There is no `if` about mail here. Adapters meet only as constructor arguments.
+No decision about mail is made here. The parts meet only as constructor arguments.
 """
 
 import asyncio
@@ -41,27 +41,27 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("otel_smtp.gateway")
 
-# The flush at exit has a budget of its own, so that a dead collector cannot hold a pod's shutdown.
+# The flush at exit has its own budget, so that a dead collector cannot delay a pod's shutdown.
 TELEMETRY_FLUSH_SECONDS: Final = 2.0
-# How long those that are connected when a successor takes over are served as before: most send one mail and leave.
+# How long existing connections are served as before when a successor takes over: most send one mail and leave.
 NEWCOMERS_SECONDS: Final = 1.0
-# How long the listeners wait for what the upstream offers, which they offer to clients. It takes a few round trips.
+# How long the listeners wait for the upstream's extensions, which they offer to clients: a few round trips.
 LEARN_SECONDS: Final = 0.3
-# How often the metrics that are exported catch up with open connections; OTLP exports them once a minute.
+# How often exported metrics catch up with open connections; OTLP exports them once a minute.
 MAILS_COUNTED_SECONDS: Final = 1.0
 METRICS_CATCH_UP_SECONDS: Final = 5.0
 
 WRONG_FILES: Final = (CertificateError, UsersFileError)
-"""Raised by a gateway if the settings are right, and a file or variable that they name is not."""
+"""Raised by a gateway if the settings are right, but a file or variable that they name is not."""
 
 
 class Ready(NamedTuple):
-    """What a gateway reports once it serves.
+    """A serving gateway's report.
 
     Attributes:
         addresses: of each listener by its name, with real ports.
         traces_to: where traces go, in words.
-        status: where the status port listens; None: nowhere.
+        status: the status port's address, if any.
     """
 
     settings: Settings
@@ -71,7 +71,7 @@ class Ready(NamedTuple):
 
 
 def _set_up(options: TelemetryOptions) -> Telemetry:
-    """Set telemetry up; where that fails, as with OTEL_SDK_DISABLED: its faults stop no mail."""
+    """Set telemetry up; if that fails, go on as with OTEL_SDK_DISABLED: its faults stop no mail."""
     try:
         return set_up(options)
     except Exception:
@@ -97,13 +97,13 @@ class Gateway:
         conn_state: called at each state transition of each client connection. One that raises is logged once and
             dropped.
         span_sinks: receive each finished span, exported or not: for views in this process.
-        token_verifier: verifies the bearer tokens of XOAUTH2 and OAUTHBEARER clients, where a listener's `auth` is on.
-            `load` needs `verifies_tokens=True` for it where a listener has no users file.
-        process: which one this is of several processes that listen on the same ports; None: it is the only one.
+        token_verifier: verifies the bearer tokens of XOAUTH2 and OAUTHBEARER clients, if a listener's `auth` is on.
+            Pass `verifies_tokens=True` to `load` if a listener has no users file.
+        process: this one among several processes that listen on the same ports; None: it is the only one.
 
     Raises:
         CertificateError, UsersFileError: see `WRONG_FILES`.
-        ValueError: a listener asks for AUTH, and there is neither a users file nor a token verifier.
+        ValueError: a listener offers AUTH, and there is neither a users file nor a token verifier.
 
     Use as an asynchronous context manager, or call `start` and `stop`.
 
@@ -148,7 +148,7 @@ class Gateway:
         members[:0] = self._telemetry.observers
         if conn_state is not None:
             members.append(StateCallback(conn_state))
-        # Readers of spans in this process find a mail's as soon as its reply has come.
+        # In this process a mail's spans can be read as soon as its reply has come.
         self._observer = fan_out(members, None if span_sinks else AtEndOfTurn())
         self._sweep = Sweep()
         store: Store | None = None
@@ -168,7 +168,7 @@ class Gateway:
             sweep=self._sweep,
             limits=wiring.limits(settings, store, shared_limits),
             slots=wiring.slots(settings, store, process.slots.slots if process is not None and process.slots else None),
-            # Mail that its client would have to wait for is queued there instead.
+            # Mail for which its client would have to wait is queued there instead.
             pace_patience_seconds=0.0 if settings.delivery.mode == "direct-then-queue" else PACE_PATIENCE_SECONDS,
             ceilings=process.ceilings.claim(process.number) if process is not None and process.ceilings else None,
             shown=lambda words: self._redaction.text(words),
@@ -207,7 +207,7 @@ class Gateway:
 
     @property
     def settings(self) -> Settings:
-        """The settings that the gateway runs with."""
+        """The settings in force."""
         return self._settings
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
@@ -216,17 +216,17 @@ class Gateway:
         return self._telemetry.metrics_page(accept)
 
     def catch_up(self) -> None:
-        """Make the spans of all mails that have ended; call it before reading spans."""
+        """Make the spans of all finished mails; call it before reading spans."""
         self._observer.catch_up()
 
     @property
     def mail_tail(self) -> MailTail | None:
-        """The log lines of mails, for followers; None where telemetry makes none."""
+        """The log lines of mails, for followers; None if telemetry makes none."""
         return self._telemetry.tail
 
     @property
     def untraced(self) -> str:
-        """Which mails have no trace, in words; "" where all have."""
+        """Which mails have no trace, in words; "" if all have one."""
         return self._telemetry.leaves_out
 
     @property
@@ -263,7 +263,7 @@ class Gateway:
         )
 
     def _store_timings(self) -> Iterator[tuple[str, float, int]]:
-        """Takes them away as they are read."""
+        """Reading removes them."""
         timings = () if self._spool is None else self._spool.store.timings
         while timings:
             verb, seconds, items = timings.popleft()
@@ -275,7 +275,7 @@ class Gateway:
                 yield name, figures.by_result(), pending, age_seconds(oldest) or 0.0
 
     def can_reach_an_upstream(self) -> bool:
-        """Whether an upstream can be reached, as far as is known. Stale knowledge is renewed in the background."""
+        """Whether an upstream can be reached, as far as known. Stale knowledge is renewed in the background."""
         self._forwarder.probe_if_stale()
         return self._forwarder.is_reachable
 
@@ -301,7 +301,7 @@ class Gateway:
             with naming_settings(self._settings):
                 self.addresses = await self._server.start()
                 if self._status_port is not None:
-                    # Last: it imports a web server. Clients get their greeting meanwhile.
+                    # Last, as it imports a web server. Clients get their greeting meanwhile.
                     await self._status_port.start(is_required="status.address" in self._settings.origins)
         except BaseException:
             await self._server.drain(0.0)
@@ -314,14 +314,14 @@ class Gateway:
         self._catching_up = asyncio.get_running_loop().create_task(self._catch_up())
 
     async def stop(self, *, immediately: bool = False) -> None:
-        """Drain: stop accepting, 421 to idle connections, the grace for open transactions, close the pool, flush.
+        """Drain: stop accepting, 421 to idle connections, a grace period for open transactions, close the pool, flush.
 
         Args:
-            immediately: without any grace.
+            immediately: without a grace period.
         """
         loop = asyncio.get_running_loop()
-        # One grace for all: deliveries whose client has left get what the drain leaves of it. Together with the flush
-        # it stays below the 30 s after which Kubernetes kills a pod.
+        # One grace period for all: deliveries whose client has left get what the drain leaves of it. Together with the
+        # flush it stays below the 30 s after which Kubernetes kills a pod.
         ends = loop.time() + (0.0 if immediately else self._settings.timeouts.shutdown_grace)
         await self._server.drain(max(0.0, ends - loop.time()))
         if self._spool is not None:
@@ -337,13 +337,13 @@ class Gateway:
             await asyncio.to_thread(self._telemetry.flush_and_shutdown, TELEMETRY_FLUSH_SECONDS)
 
     async def _leave_spool(self) -> None:
-        """No attempt is under way any more, and the spool is still ours."""
+        """Called when no attempt is under way any more, and the spool is still ours."""
         await self._forwarder.give_slots_back()
         if self._kept_limits is not None:
             self._kept_limits.close()
 
     async def leave_ports(self) -> None:
-        """Stop listening, on the status port first, and go on with everything else for a second or two.
+        """Stop listening, on the status port first, and continue all else for a second or two.
 
         For a process whose successor listens on the same ports. If both kept the status port during the drain, each
         would answer some of the requests: probes would take a healthy gateway for one that shuts down, and each change
@@ -356,7 +356,7 @@ class Gateway:
         await asyncio.sleep(NEWCOMERS_SECONDS)
 
     async def _catch_up(self) -> None:
-        """Count mails soon after they ended, and what long-lived connections have done while they live."""
+        """Count mails soon after their end, and the work of long-lived connections while they are open."""
         has_failed = False
         while True:
             try:
@@ -372,12 +372,12 @@ class Gateway:
                 await asyncio.sleep(MAILS_COUNTED_SECONDS)
 
     def reload(self, settings: Settings) -> None:
-        """Go on by other settings, without dropping a connection; certificates and users are read again in any case.
+        """Apply new settings without dropping a connection; certificates and users are read again in any case.
 
         Open connections keep the policy under which they were accepted, and transactions their upstreams.
 
         Args:
-            settings: checked settings. What `config.changing` says needs a restart is left as it is.
+            settings: checked settings. Settings that need a restart according to `config.changing` are left unchanged.
 
         Raises:
             CertificateError, UsersFileError: see `WRONG_FILES`. Then nothing has changed.
@@ -407,7 +407,7 @@ class Gateway:
         self._settings = settings
 
     def heed_log_level(self) -> None:
-        """Write the access log or leave it, as the log's level of now has it."""
+        """Switch the access log on or off according to the log's current level."""
         self._telemetry.heed_log_level()
 
     async def __aenter__(self) -> "Gateway":
@@ -441,7 +441,7 @@ class Gateway:
         if listener.auth != "off":
             users = None
             if listener.auth_users_file is not None:
-                from otel_smtp.server.users import load_users  # late: it brings two libraries of passwords
+                from otel_smtp.server.users import load_users  # late: it imports two password libraries
 
                 users = load_users(listener.auth_users_file)
             if users is None and self._token_verifier is None:

@@ -1,8 +1,7 @@
-"""Limits that hold over a restart, of a gateway that has its queue in a directory.
+"""Limits that survive a restart, for a gateway with its queue in a directory.
 
-How far they are used up is written to a file there: soon after something was taken, at once where that is much, and
-when the gateway stops. What a process that was killed may have taken without that counts as used: a limit is never
-exceeded to make up for a failure.
+Their use is written to a file there: soon after permits were taken, at once after many, and when the gateway stops.
+Permits that a killed process may have taken since count as used: a limit is never exceeded to make up for a failure.
 """
 
 import asyncio
@@ -20,7 +19,7 @@ from otel_smtp.forwarding.limits import Limit, LimitSettings, LimitState, Permit
 from otel_smtp.spool.embedded.files import open_regular
 
 SAVE_SECONDS: Final = 1.0
-"""Between something that was taken, or has ended, and when it is written."""
+"""The delay between a permit's being taken, or landing, and writing it."""
 UNSAVED_PART: Final = 0.01
 """Of a limit, may be taken without that it is written: what a kill costs at most, where little is taken in a second."""
 
@@ -38,9 +37,9 @@ class _Kept(msgspec.Struct, frozen=True):
 
 class _File(msgspec.Struct, frozen=True):
     """Attributes:
-    boot: of the machine; within it the monotonic clock tells how long ago this was, else only the wall clock does.
+    boot: of the machine; within it the monotonic clock tells how long ago this was; otherwise only the wall clock does.
     monotonic, wall: when this was.
-    is_final: nothing was taken behind it.
+    is_final: nothing was taken after it.
     """
 
     boot: str
@@ -54,7 +53,7 @@ class KeptLimits:
     """The limits of one gateway, by name.
 
     Args:
-        path: of the file; it is read by `open`, when the directory is ours.
+        path: of the file; `open` reads it, once the directory is ours.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class KeptLimits:
         self._saving: asyncio.TimerHandle | None = None
 
     def open(self) -> None:
-        """Go on from where the process before was."""
+        """Continue from the state of the previous process."""
         self._is_open = True
         try:
             with open(open_regular(self._path, os.O_RDONLY), "rb") as file:
@@ -94,7 +93,7 @@ class KeptLimits:
         self.save()
 
     def close(self) -> None:
-        """Write them for the last time: nothing will be taken any more, and the directory is still ours."""
+        """Write them for the last time: no more permits will be taken, and the directory is still ours."""
         if self._saving is not None:
             self._saving.cancel()
         if self._is_open:
@@ -106,7 +105,7 @@ class KeptLimits:
             self._saving = asyncio.get_running_loop().call_later(SAVE_SECONDS, self.save)
 
     def save(self) -> None:
-        """Write how far they are used up."""
+        """Write the use of the limits."""
         if self._saving is not None:
             self._saving.cancel()
             self._saving = None
@@ -133,13 +132,13 @@ class KeptLimits:
 
 
 class _KeptLimit(Limit):
-    """A limit that is to be written.
+    """A limit whose use is saved.
 
     Args:
-        changed: called when it is to be written soon. `save`: writes it.
+        changed: called when it must be written soon. `save`: writes it.
 
     Attributes:
-        unsaved: permits that were taken since it was written; below `most_unsaved` whenever anything leaves.
+        unsaved: permits taken since it was last written; below `most_unsaved` whenever mail is sent.
     """
 
     def __init__(self, settings: LimitSettings, changed: Callable[[], None], save: Callable[[], None]) -> None:

@@ -1,9 +1,9 @@
-"""The addresses of a gateway before its rooms bind them: what this machine has, and ports that processes share.
+"""A gateway's addresses before they are bound: those that this machine has, and ports shared by processes.
 
-The kernel spreads connections over several processes only where each listens on a socket of its own that is bound to
-the same port with SO_REUSEPORT. So the parent binds as many as there are places for workers, and each worker listens on
-those of its place. The parent keeps them, too: what waits in the kernel to be accepted outlives a worker, and its
-successor accepts it. A unix socket is one for all workers: whichever is free accepts.
+The kernel spreads connections over several processes only if each listens on its own socket bound to the same port with
+SO_REUSEPORT. So the parent binds one per worker's place, and each worker listens on those of its place. The parent
+keeps them too: connections waiting in the kernel outlive a worker, and its successor accepts them. All workers share
+one unix socket: whichever is free accepts.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ class SharedPorts:
         settings: of the gateway; its ports may be 0.
 
     Raises:
-        CannotListen: an address cannot be bound, and the operator asked for it.
+        CannotListen: an address that the operator set cannot be bound.
 
     Attributes:
-        settings: the same, with real ports, and without a status port where its default is taken.
-        worker_status_ports: a port on the loopback for each worker's status; () where there is no status port.
+        settings: the same, with real ports, and without a status port if its default port is taken.
+        worker_status_ports: a loopback port for each worker's status; () without a status port.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -54,7 +54,7 @@ class SharedPorts:
             raise
 
     def adopt(self, settings: Settings) -> None:
-        """Take other settings for the workers that are started from now on; the ports stay as they are."""
+        """Use new settings for workers started from now on; the ports stay."""
         self.settings = with_addresses_of(settings, self.settings)
 
     def __enter__(self) -> "SharedPorts":
@@ -69,7 +69,7 @@ class SharedPorts:
             sock.close()
 
     def claim(self, place: int) -> Mapping[Endpoint, Sequence[socket.socket]]:
-        """The sockets of a worker's place, by the listeners' addresses. In its process it keeps no others."""
+        """Take the sockets of a worker's place, by the listeners' addresses, and close all others in its process."""
         for places in self._listeners.values():
             for other, sockets in enumerate(places):
                 if other != place:
@@ -77,7 +77,7 @@ class SharedPorts:
         return {address: places[place] for address, places in self._listeners.items()}
 
     def stop_listening(self, place: int) -> None:
-        """No worker will accept at this place for a while: clients come to the other places until one listens there."""
+        """No worker will accept at this place for a while: let clients reach only the other places until one does."""
         for places in self._listeners.values():
             for sock in places[place]:
                 if sock.family != socket.AF_UNIX:  # that is the others', too
@@ -85,7 +85,7 @@ class SharedPorts:
                         sock.shutdown(socket.SHUT_RD)
 
     def close_listeners(self) -> None:
-        """The gateway stops: only what its workers still accept is accepted. Idempotent."""
+        """The gateway stops: only its workers' open sockets still accept. Idempotent."""
         for places in self._listeners.values():
             for sockets in places:
                 _close_all(sockets)
@@ -104,7 +104,7 @@ class SharedPorts:
 
     def _listen_at(self, address: Endpoint, places: int) -> Endpoint:
         """Bind an address for each place, if no other process serves it: a port that any process of this user may share
-        would be shared with another gateway, too, and each would get some of the clients.
+        could be shared with another gateway, and each would get some of the clients.
 
         Raises:
             CannotListen: somebody does.
@@ -114,8 +114,8 @@ class SharedPorts:
             shared = [self._bound_path(address)]
             self._listeners[address] = [shared] * places
             return address
-        # Alone, to see that it is free. A port that the kernel chooses is kept while ours are bound to it by number: a
-        # socket that has it by the kernel's choice loses it when it stops listening.
+        # Alone, to check that it is free. A port chosen by the kernel is kept while ours are bound to it by number: a
+        # socket that got it by the kernel's choice loses it when it stops listening.
         with bind(address, is_shared=not address.port) as first:
             if address.port:
                 first.close()
@@ -143,7 +143,7 @@ class SharedPorts:
         if address is None:
             return settings
         try:
-            # Alone first: a port that any process may share would be shared with another gateway, too.
+            # Alone first: a port that any process may share could be shared with another gateway.
             with bind(address, is_dual_stack=True) as alone:
                 address = Endpoint(address.host, alone.getsockname()[1])
             address = self._hold(address, is_dual_stack=True)
@@ -161,7 +161,7 @@ class SharedPorts:
         return [address.port for address in held if address.port is not None]
 
     def _hold(self, address: Endpoint, *, is_dual_stack: bool = False) -> Endpoint:
-        """Bind an address, without listening, for as long as this object is in use."""
+        """Bind an address, without listening, while this object is in use."""
         sock = bind(address, is_shared=True, is_dual_stack=is_dual_stack)
         self._held.append(sock)
         return Endpoint(address.host, sock.getsockname()[1])
@@ -193,7 +193,7 @@ def bind(address: Endpoint, *, is_shared: bool = False, is_dual_stack: bool = Fa
     Args:
         address: with a port; 0: the kernel chooses.
         is_shared: other sockets that ask for it may bind the same port (SO_REUSEPORT).
-        is_dual_stack: [::] takes IPv4 too, where the system allows it. Otherwise 0.0.0.0 and [::] are two addresses.
+        is_dual_stack: [::] takes IPv4 too, if the system allows it. Otherwise 0.0.0.0 and [::] are two addresses.
 
     Raises:
         CannotListen: the address cannot be bound, or its host has none.
@@ -230,7 +230,7 @@ def _bound(resolved: _Resolved, *, is_shared: bool, is_dual_stack: bool) -> sock
 
 @contextlib.contextmanager
 def naming_settings(settings: Settings) -> Iterator[None]:
-    """Within, a failure to listen on an address names the setting that holds it, and where that was set."""
+    """A failure inside to listen on an address names its setting, and where that was set."""
     try:
         yield
     except CannotListen as error:
@@ -264,7 +264,7 @@ def with_addresses_of(settings: Settings, here: Settings) -> Settings:
 
 
 def with_present_addresses(settings: Settings) -> Settings:
-    """Leave out the default listener's IPv6 loopback on a machine without IPv6, as many containers are."""
+    """Leave out the default listener's IPv6 loopback on a machine without IPv6, like many containers."""
     try:
         bind(Endpoint("::1", 0)).close()
     except OSError:
@@ -275,7 +275,7 @@ def with_present_addresses(settings: Settings) -> Settings:
 def without_ipv6_loopback(settings: Settings) -> Settings:
     """Leave out the default listener's IPv6 loopback.
 
-    Addresses that the operator set stay as they are: there, a missing one is an error.
+    Addresses that the operator set stay: a missing one of them is an error.
     """
     listeners = tuple(
         listener

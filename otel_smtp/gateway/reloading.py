@@ -17,17 +17,17 @@ from otel_smtp.gateway.gateway import WRONG_FILES
 logger: Final = logging.getLogger("otel_smtp.gateway.reloading")
 
 ReadSettings = Callable[[], Settings]
-"""Reads the settings from where they came from at start; raises SettingsError."""
+"""Reads the settings from their sources at start; raises SettingsError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reload:
-    """What came of one reload.
+    """The result of one reload.
 
     Attributes:
         at_unix_seconds: when.
         changed, needs_restart: see `Change`.
-        problems: why nothing was changed; empty where nothing was wrong.
+        problems: why nothing was changed; empty after a successful reload.
     """
 
     at_unix_seconds: float
@@ -37,12 +37,12 @@ class Reload:
 
 
 class Reloading:
-    """The settings of one process, and how they are read again.
+    """The settings of one process, and reading them again.
 
     Args:
         settings: as they were read at start.
         read: reads them again.
-        apply: makes them hold; raises one of `WRONG_FILES` where it cannot, and then has changed nothing.
+        apply: puts them in force; if it cannot, raises one of `WRONG_FILES`, with nothing changed.
         is_silent: another process of the gateway logs the same.
     """
 
@@ -64,11 +64,11 @@ class Reloading:
 
     @property
     def settings(self) -> Settings:
-        """Those that hold, as they were read."""
+        """The settings in force, as they were read."""
         return self._settings
 
     def again(self) -> Reload:
-        """Read the settings, and go on by them if nothing is wrong. Never raises."""
+        """Read the settings, and apply them if nothing is wrong. Never raises."""
         problems: Sequence[str] = ()
         made: Change | None = None
         try:
@@ -79,7 +79,7 @@ class Reloading:
         except WRONG_FILES as error:
             problems = [str(error)]
         except Exception as error:
-            # The gateway goes on as it is, whatever that was.
+            # Whatever it was, the gateway goes on unchanged.
             logger.exception("settings not reloaded: internal error")
             problems = [f"internal error: {type(error).__name__}"]
         self._count += 1
@@ -98,7 +98,7 @@ class Reloading:
         return self._last
 
     def told(self, signals: int) -> Mapping[str, Any]:
-        """For the status port: which process takes SIGHUP, and what came of the last one.
+        """For the status port: the process that takes SIGHUP, and the result of the last reload.
 
         Args:
             signals: the id of the process to send SIGHUP to.
@@ -120,7 +120,7 @@ class Reloading:
 
 
 def pid_namespace() -> str:
-    """Where the ids of processes mean what they mean to this one; "" where the system does not say."""
+    """The namespace of this process's ids; "" if the system does not tell."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -29,7 +29,7 @@ from otel_smtp.telemetry.logs import set_log_level
 
 logger: Final = logging.getLogger("otel_smtp.gateway.running")
 
-# asyncio alone wrote over a thousand tracebacks in five seconds when descriptors ran out.
+# When descriptors ran out, asyncio alone wrote over a thousand tracebacks in five seconds.
 EXHAUSTION_LOG_SECONDS: Final = 10.0
 
 FAILED: Final = 1
@@ -149,10 +149,10 @@ async def serve(
     Args:
         on_ready: called when the gateway serves.
         read_settings: reads the settings again.
-        read_before: what it returned for `settings`, where these were adapted since; None: they were not.
-        process: other processes listen on the same ports; which of them this one is.
-        at_once: the signal that cuts the drain short; None: a second SIGTERM or SIGINT does.
-        replaced: the signal that begins the drain of a process whose successor serves; None: there is no such signal.
+        read_before: its result from which `settings` were adapted; None: they were not adapted.
+        process: this one among the processes that listen on the same ports.
+        at_once: the signal that cuts the drain short; None: a second SIGTERM or SIGINT.
+        replaced: the signal that begins the drain of a process whose successor serves, if any.
 
     Raises:
         CannotListen: an address cannot be listened at.
@@ -164,7 +164,7 @@ async def serve(
     await gateway.start(before_listening=partial(asked.hear, loop))
     leave_out_of_garbage_collection()
     loop.set_exception_handler(_LoopFaults())
-    # With workers, the service manager hears of their parent.
+    # With workers, their parent notifies the service manager.
     manager = ServiceManager(os.environ.get("NOTIFY_SOCKET") if process is None else None)
 
     def apply(new: Settings) -> None:
@@ -192,17 +192,17 @@ async def serve(
         await gateway.stop(immediately=True)
     stop_now.cancel()
     if not drain.cancelled():
-        drain.result()  # a drain that failed is not a drain
+        drain.result()  # a failed drain is not a drain
 
 
 async def _drain(gateway: Gateway, *, has_successor: bool) -> None:
     if has_successor:
-        await gateway.leave_ports()  # first: probes and new clients mean the gateway, not this process
+        await gateway.leave_ports()  # first: health checks and new clients want the gateway, not this process
     await gateway.stop()
 
 
 class _Asked:
-    """What signals have asked of the process.
+    """The requests made by signals.
 
     Args:
         at_once, replaced: see `serve`.
@@ -219,7 +219,7 @@ class _Asked:
         """Handle signals from now on."""
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
-        # Their default is to end the process, without a drain.
+        # By default they end the process without a drain.
         for number in {signal.SIGUSR1, signal.SIGUSR2} - {self._at_once, self._replaced}:
             loop.add_signal_handler(number, _ignored, number)
         if self._at_once is not None:
@@ -246,11 +246,11 @@ def _ignored(number: signal.Signals) -> None:
 
 
 def leave_out_of_garbage_collection() -> None:
-    """Exclude the objects that start-up made from cyclic garbage collection, and begin it.
+    """Exclude the objects made at start-up from cyclic garbage collection, and enable it.
 
     Some hundred thousand of them live as long as the process: a collection that visits them stops all mail for 37 ms,
     one without them for 4. There is no last collection before, since the first client may be waiting for its greeting.
-    What a mail makes is freed when it is over, without a collection. By Python's own threshold of 700 objects one looks
+    A mail's objects are freed at its end, without a collection. By Python's own threshold of 700 objects one looks
     at the mails under way again and again, which with fifty of them in the queue is a twentieth of what a mail costs.
 
     For a process that is a gateway and nothing else: a program that embeds one decides for itself.
@@ -261,7 +261,7 @@ def leave_out_of_garbage_collection() -> None:
 
 
 class _LoopFaults:
-    """The event loop's exception handler. Running out of descriptors is one log line in a while, not a flood.
+    """The event loop's exception handler. Running out of descriptors is logged now and then, not in a flood.
 
     The loop retries after a second, and clients wait in the kernel's queue meanwhile.
     """

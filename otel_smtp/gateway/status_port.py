@@ -1,4 +1,4 @@
-"""What a gateway shows on its status port: probes, metrics and the page, put into the values that `status` takes."""
+"""A gateway's status port: makes the values that `status` needs for probes, metrics and the page."""
 
 import asyncio
 import logging
@@ -31,15 +31,15 @@ logger: Final = logging.getLogger("otel_smtp.gateway.status_port")
 
 
 class Process(NamedTuple):
-    """Which process of a gateway this one is.
+    """This process among those of a gateway.
 
     Attributes:
         number: from 0. The first one has the operator's status port and asks the others for their status.
-        status_ports: by number, where each process serves its status on the loopback. The first's is not used.
+        status_ports: by number, each process's status port on the loopback. The first's is not used.
         token: the secret by which they authenticate to each other.
         sockets: that this one listens on, by the listeners' addresses.
-        limits, slots: that they keep together; None: each keeps them alone.
-        ceilings: what they learn of the upstreams' connection caps; None: that is not shared.
+        limits, slots: the shared ones; None: each process has its own.
+        ceilings: the upstreams' learnt connection caps, if shared.
     """
 
     number: int
@@ -56,9 +56,9 @@ class StatusPort:
 
     Args:
         gateway: whose status it is.
-        address: where the operator wants it.
+        address: as set by the operator.
         redaction: what the page may show of hosts and addresses.
-        process: other processes of the same gateway; None where there are none.
+        process: this one among the gateway's processes; None if it is the only one.
 
     Attributes:
         live: observes the gateway's connections for the page.
@@ -78,13 +78,13 @@ class StatusPort:
         self.listening: Endpoint | None = None
 
     def show(self, redaction: Redaction) -> None:
-        """What the page may show from now on of hosts and addresses. Finished spans stay as they were made."""
+        """Change what the page may show of hosts and addresses. Finished spans stay unchanged."""
         self._redaction = redaction
         self.live.show(redaction.ip, redaction.host_name)
 
     @property
     def keep(self) -> Callable[[Sequence[EncodedSpan], bool], None]:
-        """Keeps finished spans for the page; those in whose trace something went wrong for longer."""
+        """Keeps finished spans for the page, those of traces with a fault for longer."""
         return self._traces.add
 
     async def start(self, *, is_required: bool) -> None:
@@ -161,7 +161,7 @@ class StatusPort:
         return queue_view(self._gateway.spool, self._redaction)
 
     def _actions(self) -> "QueueActions | None":
-        """What may be done to the queue: nothing where there is none, or no token."""
+        """The actions on the queue: none without a queue or a token."""
         from otel_smtp.status.acting import QueueActions
 
         token = self._gateway.settings.status.token
@@ -178,13 +178,13 @@ class StatusPort:
         request = {"command": command, "ids": list(ids), "operator": f"page at {shown}" if shown else "page"}
         try:
             done = [answer async for answer in spool.operations.run(request)]
-            await spool.runner.look()  # the operator wants to see the result
+            await spool.runner.look()  # the operator should see the result
         except SpoolError as error:
             return [{"queue_id": one, "error": str(error)} for one in ids]
         return [answer for answer in done if "queue_id" in answer]
 
     def _delivery_checks(self) -> Mapping[str, Callable[[], str | None]]:
-        """What keeps the gateway from accepting mail. With a queue that is its own state alone."""
+        """The checks that keep the gateway from accepting mail. With a queue, only its own state counts."""
         spool = self._gateway.spool
         return {"upstream": self._no_upstream} if spool is None else {"spool": spool.problem}
 
@@ -202,7 +202,7 @@ def _import_server() -> None:
 
 
 def recorded_mailbox(text: str, redaction: Redaction) -> RecordedForm:
-    """The form in which spans hold a mailbox, or part of one, that is searched for."""
+    """A searched mailbox, or part of one, in the form that spans have."""
     choice = f"telemetry.addresses = {redaction.addresses}"
     is_address = "@" in text.strip("@")
     match redaction.addresses:
@@ -220,7 +220,7 @@ def recorded_mailbox(text: str, redaction: Redaction) -> RecordedForm:
 
 
 def _resource(worker: int | None) -> Mapping[str, str | int]:
-    """Which gateway made the traces that the API gives: that of a shared queue's mail may be made by several."""
+    """The gateway that made the API's traces: several may contribute to a trace of mail from a shared queue."""
     attributes = own_resource(worker, version=__version__).attributes
     return {name: value if isinstance(value, int) else str(value) for name, value in attributes.items()}
 

@@ -1,4 +1,4 @@
-"""What the status page shows of upstreams and the queue, put into the values that `status` takes."""
+"""Makes the status page's values about upstreams and the queue."""
 
 import logging
 import time

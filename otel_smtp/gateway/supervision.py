@@ -1,11 +1,9 @@
-"""What a supervisor of workers decides: which process to start, to replace, to restart and to kill, without doing so.
+"""The decisions of a supervisor of workers: which process to start, replace, restart and kill. No I/O.
 
-Theory of operation
--------------------
-A gateway has N *places*, numbered from 0. At a place there is at most one worker that serves or is about to
-(`STARTING`, `SERVING`), beside it at most one successor that is not ready yet (`SUCCEEDING`), and any number of former
-workers that drain (`LEAVING`). `LEGAL` says which event leads a worker from which state to which; nothing else changes
-a state.
+Theory of operation ------------------- A gateway has N *places*, numbered from 0. At a place there is at most one
+worker that serves or is about to (`STARTING`, `SERVING`), beside it at most one successor that is not ready yet
+(`SUCCEEDING`), and any number of former workers that drain (`LEAVING`). `LEGAL` is the table of state changes by event;
+nothing else changes a state.
 
 SIGUSR2 changes no worker. It raises the *generation*, and every worker remembers the generation it was started in.
 After each event the supervision looks for a place whose worker serves and is of an older generation, and starts its
@@ -47,7 +45,7 @@ STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 class WorkerState(StrEnum):
-    """Where a worker is in its life."""
+    """The state of a worker."""
 
     STARTING = "starting"  # not ready, and nothing else serves at its place
     SUCCEEDING = "succeeding"  # not ready, while its predecessor serves
@@ -78,11 +76,11 @@ LEGAL: Final[Mapping[WorkerState, Mapping[WorkerEvent, WorkerState]]] = {
     _S.STOPPING: {_E.READY: _S.STOPPING, _E.STOP: _S.STOPPING, _E.ENDED: _S.ENDED},
     _S.ENDED: {},
 }
-"""Which event leads a worker from which state to which: the one truth; the tests try all pairs."""
+"""The only table of state changes by event; the tests try all pairs."""
 
 
 class IllegalStep(Exception):
-    """An event that `LEGAL` does not have for a worker's state: a bug of ours."""
+    """An event that `LEGAL` lacks for a worker's state: a bug of ours."""
 
 
 @dataclass(slots=True, eq=False)
@@ -150,7 +148,7 @@ class Supervision:
     Attributes:
         status: the exit status: 0, or that of the worker that failed.
         is_stopping: whether the gateway stops.
-        has_served: whether there was a moment when every place's worker served.
+        has_served: whether all places' workers have ever served at the same time.
     """
 
     def __init__(self, count: int, workforce: Workforce, *, drain_seconds: float) -> None:
@@ -167,7 +165,7 @@ class Supervision:
 
     @property
     def is_over(self) -> bool:
-        """Whether all workers have ended, and none is to be started."""
+        """Whether all workers have ended, and none will be started."""
         return self.is_stopping and not self._workers
 
     @property
@@ -208,7 +206,7 @@ class Supervision:
         was = worker.state
         worker.take(_E.ENDED)
         if was is _S.STOPPING:
-            # A worker that had no handler yet ends by the signal itself; that is no failure.
+            # A worker without handlers yet is ended by the signal itself, which is no failure.
             if -status not in (*STOP_SIGNALS, AT_ONCE, REPLACED):
                 self.status = self.status or (status if status >= 0 else 1)
         elif was is _S.LEAVING:
@@ -230,7 +228,7 @@ class Supervision:
             self._tell(worker, _E.STOP, number, now)
 
     def replace(self) -> None:
-        """All workers of now are to be replaced, one after the other."""
+        """Replace all current workers, one after the other."""
         self._generation += 1
 
     def forward(self, number: signal.Signals) -> None:
@@ -241,7 +239,7 @@ class Supervision:
     # Consequences ----------------------------------------------------------------------------------------------------
 
     def act(self, now: float) -> None:
-        """Do what is due: kill workers that are late, start those that are missing, and the next successor."""
+        """Act on the time: kill late workers, start missing ones, and the next successor."""
         for worker in self._workers.values():
             if worker.deadline <= now:
                 logger.error(
@@ -257,7 +255,7 @@ class Supervision:
                     self._start(place, _S.SUCCEEDING, now)
 
     def due(self) -> float | None:
-        """When `act` is to be called next, by the caller's clock; None: not before something happens."""
+        """When to call `act` next, by the caller's clock; None: not before another event."""
         times = [worker.deadline for worker in self._workers.values() if worker.deadline < float("inf")]
         if not self.is_stopping:
             times += [

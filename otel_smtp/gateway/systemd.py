@@ -30,7 +30,7 @@ class ServiceManager:
         self._notify("READY=1", f"STATUS=relaying, pid {os.getpid()}")
 
     def through_reload(self, reload: Callable[[], object]) -> None:
-        """Notify that settings are read again, call `reload`, and notify that this is over."""
+        """Notify that settings are being read again, call `reload`, and notify that this is over."""
         self.reloading()
         reload()
         self.ready()

@@ -1,8 +1,8 @@
-"""Settings to the values that each room takes: the one place that knows both.
+"""Makes each package's values from the settings: the one place that knows both.
 
-Each function takes settings that `config` has checked, and returns the value object of one room. Nothing is opened or
-started here, and no file is read. Every default value is written in `config.settings`; tests/gateway/test_wiring.py
-compares those that a room has too, for use without settings.
+Each function takes settings checked by `config`, and returns one package's value object. Nothing is opened or started
+here, and no file is read. All defaults are in `config.settings`; tests/gateway/test_wiring.py compares those that a
+package repeats, for use without settings.
 """
 
 import dataclasses
@@ -60,11 +60,11 @@ def listener_policy(
     tls_context: ssl.SSLContext | None,
     authenticator: Authenticator | None,
 ) -> ListenerPolicy:
-    """How one listener serves its connections.
+    """A listener's policy.
 
     Args:
-        tls_context: for its handshakes; None where the listener speaks no TLS.
-        authenticator: verifies logins; None where the listener offers no AUTH.
+        tls_context: for its handshakes; None without TLS.
+        authenticator: verifies logins; None without AUTH.
     """
     return ListenerPolicy(
         name=listener.name,
@@ -101,7 +101,7 @@ class ServerArguments(TypedDict):
 
 
 def admission(settings: Settings) -> ServerArguments:
-    """Admission, over all listeners, and where records are cut."""
+    """Admission over all listeners, and where to cut records."""
     limits, telemetry = settings.limits, settings.telemetry
     return ServerArguments(
         connections=limits.connections,
@@ -113,11 +113,11 @@ def admission(settings: Settings) -> ServerArguments:
 
 
 def _by_name(room: Callable[..., T], table: Table, *, without: Collection[str] = (), **others: object) -> T:
-    """A room's value object, filled with the settings of the same names.
+    """Fill a package's value object with the settings of the same names.
 
     Args:
         room: its dataclass.
-        without: fields that are no settings, and keep the room's default.
+        without: fields that are not settings, and keep their default.
         others: fields whose setting has another name, or is in another table.
 
     Raises:
@@ -129,7 +129,7 @@ def _by_name(room: Callable[..., T], table: Table, *, without: Collection[str] =
 
 
 def upstream_settings(upstream: UpstreamTable) -> UpstreamSettings:
-    """One upstream of the settings, as the forwarding takes it."""
+    """One upstream's settings for `forwarding`."""
     credentials: Credentials | None = None
     if upstream.username and upstream.auth != "off":
         credentials = Credentials(
@@ -181,7 +181,7 @@ def _pool_limits(upstream: UpstreamTable) -> PoolLimits:
 
 
 def receivers(settings: Settings) -> "list[ReceiverSettings]":
-    """The receivers of outcomes; nothing is imported where there are none."""
+    """The receivers of outcomes; without any, nothing is imported."""
     if not settings.notify:
         return []
     from otel_smtp.spool.outcomes.events import RecipientOutcome, key_of
@@ -203,7 +203,7 @@ def receivers(settings: Settings) -> "list[ReceiverSettings]":
 
 
 def limit_settings(settings: Settings) -> list[LimitSettings]:
-    """The limits that upstreams may be held to."""
+    """The limits for upstreams."""
     return [
         LimitSettings(
             limit.name,
@@ -217,7 +217,7 @@ def limit_settings(settings: Settings) -> list[LimitSettings]:
 
 
 def kept_limits(settings: Settings) -> "KeptLimits | None":
-    """The limits of a gateway that has its queue in a directory; None: there are none, or they are kept elsewhere."""
+    """The limits of a gateway with its queue in a directory; None: there are none, or they are kept elsewhere."""
     directory = settings.spool.directory
     if settings.delivery.mode == "direct" or directory is None or not settings.limit:
         return None
@@ -231,7 +231,7 @@ def limits(settings: Settings, store: "Store | None", shared: Mapping[str, AnyLi
 
     Args:
         store: of the durable queue; gateways that share one keep their limits there.
-        shared: those that the workers of a gateway share, or that hold over a restart.
+        shared: limits shared by a gateway's workers, or surviving a restart.
     """
     if store is not None and store.ledger is not None:
         return {one.name: GlobalLimit(one, store.ledger) for one in limit_settings(settings)}
@@ -331,14 +331,14 @@ def shared_store(spool: SpoolTable, *, name: str, is_gateway: bool = True) -> "P
 
 
 def store_verbs() -> Sequence[str]:
-    """The operations of a queue's store that metrics distinguish."""
+    """The operations of a store, as metrics distinguish them."""
     from otel_smtp.spool.messages import StoreVerb
 
     return [verb.value for verb in StoreVerb]
 
 
 async def migrate_shared(spool: SpoolTable, *, dry_run: bool) -> Sequence[str]:
-    """Make the schema of the queue of several gateways, or bring it up to date; the statements.
+    """Create a shared queue's schema, or bring it up to date; returns the statements.
 
     Raises:
         SpoolError: it cannot be done; the text says why.
@@ -377,7 +377,7 @@ def redaction(settings: Settings) -> Redaction:
 
 
 def inbound_policies(settings: Settings) -> Mapping[str, InboundPolicy]:
-    """What to make of a message's trace context, by listener's name."""
+    """The policies for a message's trace context, by listener's name."""
     return {listener.name: InboundPolicy(listener.trace_context) for listener in settings.listener}
 
 
@@ -404,18 +404,18 @@ def telemetry_options(
     receivers: ReceiverCounts,
     worker: int | None = None,
 ) -> TelemetryOptions:
-    """What telemetry records.
+    """The options of telemetry.
 
     Args:
         span_sinks: receive each finished span, exported or not.
-        memories: receive each recorded span as octets, and whether something in it went wrong.
+        memories: receive each recorded span as octets, and whether it has a fault.
         open_connections: yields the records of the open connections when the metrics are read.
         upstream_connections: yields (upstream, state, connections) when the gauges are read.
         spool: returns the messages by state, the age of the oldest in seconds, and octets of the disk that no message
-            needs; None where there is no spool.
-        shared_queue: returns how this gateway fares with a queue that several share; None where it has none.
-        store_timings: returns what the spool's store did since it was asked last.
-        receivers: returns how the receivers of outcomes fare, when the metrics are read.
+            needs; None without a spool.
+        shared_queue: returns this gateway's part in a shared queue; None without one.
+        store_timings: returns the store's operations since the last call.
+        receivers: returns the figures of the receivers of outcomes, when the metrics are read.
         worker: the number of this process among several; None: there is one.
     """
     telemetry = settings.telemetry

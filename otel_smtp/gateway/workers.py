@@ -2,18 +2,18 @@
 
 The kernel spreads connections over the workers' sockets (SO_REUSEPORT). The parent never runs an event loop, opens no
 exporter and starts no thread, so it can fork at any time. It forwards SIGTERM, SIGINT and SIGHUP, restarts workers that
-die, and on SIGUSR2 replaces the workers one by one, each only when its successor is ready. Its decisions are in
-`supervision`; here are the processes, pipes and signals.
+die, and on SIGUSR2 replaces the workers one by one, each only when its successor is ready. `supervision` makes its
+decisions; this module handles processes, pipes and signals.
 
 Ctrl-C in a terminal signals the whole process group, so a worker gets each signal twice: from the terminal and from the
 parent. Therefore only the parent counts signals. For a worker any number of SIGTERM and SIGINT means one; the second
 signal that the parent gets reaches it as `AT_ONCE`.
 
 A signal to the group can hit a child between its fork and its own handlers, while it still has its parent's: it would
-then write into the parent's pipe, and count twice. So all these signals wait while a process is forked, and the child
-lets them through when it has its own.
+then write into the parent's pipe, and count twice. So all these signals are blocked during a fork, and the child
+unblocks them once it has its own handlers.
 
-A parent that is killed leaves nothing behind: the kernel sends its workers SIGTERM (Linux; elsewhere they stay).
+A killed parent leaves nothing behind: the kernel sends its workers SIGTERM (Linux; elsewhere they stay).
 """
 
 import contextlib
@@ -50,7 +50,7 @@ _PR_SET_PDEATHSIG: Final = 1
 Work = Callable[[int, Callable[[], None]], int]
 """A worker's work: takes its number and a function to call when it is ready, returns its exit status.
 
-SIGHUP, SIGUSR1 and SIGUSR2 wait until it says that it is ready: it needs handlers for them by then.
+SIGHUP, SIGUSR1 and SIGUSR2 are blocked until it reports readiness: it needs handlers for them by then.
 """
 
 
@@ -62,8 +62,8 @@ class Supervisor:
         work: run by each in its own process.
         on_ready: called once in the parent, when all workers are ready.
         on_reload: called in the parent on SIGHUP, before the workers get it.
-        on_unserved: called in the parent with the number of a worker that has died and will not be back soon.
-        on_stop: called in the parent when the workers are to end, before they hear of it.
+        on_unserved: called in the parent with the number of a worker that has died and will not be replaced soon.
+        on_stop: called in the parent when the workers must end, before they are told.
         grace_seconds: how long a worker may drain.
     """
 
@@ -190,7 +190,7 @@ class Supervisor:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
                 sys.stderr.flush()
-            logging.shutdown()  # lines that wait; at this end nothing else calls it
+            logging.shutdown()  # waiting lines; at the end nothing else calls it
             os._exit(status)
 
     def _on_signals(self, numbers: bytes) -> None:
@@ -213,7 +213,7 @@ class Supervisor:
         is_ready = os.read(reader, 1) == b"+"
         self._selector.unregister(reader)
         os.close(reader)
-        if is_ready:  # else it died before it was ready, which its status will say
+        if is_ready:  # otherwise it died before it was ready, as its status will show
             self._supervision.ready(process_id, time.monotonic())
 
     def _reap(self) -> None:
@@ -228,7 +228,7 @@ class Supervisor:
 
 
 def _death_signal() -> Callable[[], None]:
-    """Called by a worker so that it gets SIGTERM when its parent ends, whatever the reason."""
+    """Called by a worker to get SIGTERM when its parent ends for whatever reason."""
     if not sys.platform.startswith("linux"):
         return lambda: None
     import ctypes

@@ -42,7 +42,7 @@ from otel_smtp.spool.embedded.files import (
 )
 from otel_smtp.spool.messages import ContentLost, SpoolError, new_id
 
-# Their locks and shared memory do not keep an index whole.
+# Their locks and shared memory do not protect an index.
 _REMOTE_FILE_SYSTEMS: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "ceph", "glusterfs", "fuse.sshfs", "fuse.s3fs"}
 )
@@ -53,7 +53,7 @@ _FILES: Final = ("LOCK", *INDEX_FILES, "index.reserve", "moving", "limits", "lim
 _BEFORE: Final = frozenset({"spool.db", "spool.db-wal", "spool.db-shm", "body", "reserve", "clean"})
 _SPARES: Final = ("spare", "reserve")  # in the log's directory; `-` and a number follow where a name is not ours to use
 _MAKING: Final = ".new"
-_NO_MAIL: Final = ("torn-", "index.db")  # no client was answered for it; it is made again out of the log
+_NO_MAIL: Final = ("torn-", "index.db")  # no client was answered for it; it is rebuilt from the log
 _SECTOR: Final = 4096
 _PID_OCTETS: Final = 32
 # Errors of this process or this moment, not of the file that was to be read.
@@ -64,7 +64,7 @@ class SpoolDirectory:
     """The directory of one spool, owned by this process from `open` to `close`. Blocks.
 
     Attributes:
-        has_reserve: what is kept for a full disk is there, or was not missed yet.
+        has_reserve: the reserve for a full disk exists, or has not been missed yet.
         has_durable_writes: see `files.has_durable_writes`; known once it is open.
     """
 
@@ -116,7 +116,7 @@ class SpoolDirectory:
             raise SpoolError(f"{path}: a spool cannot be kept safe on {kind}; use a local file system")
 
     def open(self) -> None:
-        """Make what is missing, and own it.
+        """Create what is missing, and take ownership.
 
         Raises:
             SpoolError: it belongs to another process, lies on a network file system, or cannot be written.
@@ -153,14 +153,14 @@ class SpoolDirectory:
             os.pwrite(lock, f"{os.getpid()}\n".encode().ljust(_PID_OCTETS), 0)
 
     def close(self) -> None:
-        """Give it up, once nothing is written in it any more. Idempotent."""
+        """Release it, once nothing is written in it any more. Idempotent."""
         with self._making_spare:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
 
     def _half_made(self) -> Iterator[Path]:
-        """Files of ours that a process before was making."""
+        """Unfinished files of a previous process."""
         for entry in os.scandir(self.path / "tmp"):
             if entry.is_file(follow_symlinks=False):
                 yield Path(entry.path)
@@ -173,7 +173,7 @@ class SpoolDirectory:
                 yield Path(entry.path)
 
     def foreign(self) -> Iterator[Path]:
-        """What lies there and is not ours."""
+        """Files there that are not ours."""
         for entry in os.scandir(self.path):
             if entry.name in _DIRECTORIES:
                 is_ours = entry.is_dir(follow_symlinks=False)
@@ -195,7 +195,7 @@ class SpoolDirectory:
     # Segments --------------------------------------------------------------------------------------------------
 
     def segment(self, number: int) -> Path:
-        """Where a segment lies."""
+        """The path of a segment."""
         return self.log_path / f"{number:012d}"
 
     def segments(self) -> list[int]:
@@ -207,7 +207,7 @@ class SpoolDirectory:
         )
 
     def read_segment(self, number: int) -> bytes:
-        """All of a segment; zeros in the place of what the disk does not give back.
+        """All of a segment, with zeros in place of unreadable octets.
 
         Raises:
             OSError: it cannot be read.
@@ -225,7 +225,7 @@ class SpoolDirectory:
             os.close(file)
 
     def foreign_segments(self) -> set[int]:
-        """Numbers that are taken by what is no segment."""
+        """Numbers taken by files that are no segments."""
         return {
             number
             for entry in os.scandir(self.log_path)
@@ -236,10 +236,10 @@ class SpoolDirectory:
         """A file of `octets` that has been written before.
 
         Args:
-            is_for_results: that in reserve may be taken where there is no other one.
+            is_for_results: the one in reserve may be taken if there is no other.
 
         Returns:
-            Its name, its descriptor, and whether it is that in reserve.
+            Its name, its descriptor, and whether it is the one in reserve.
 
         Raises:
             OSError: there is none, and none can be made.
@@ -261,12 +261,12 @@ class SpoolDirectory:
             return spare, file, False
 
     def prepare(self, octets: int) -> None:
-        """While no message waits, make a spare segment and the reserve, unless they are there."""
+        """While no message waits, make a spare segment and the reserve, unless they exist."""
         with self._making_spare:
             if self._lock is None:
                 return
             try:
-                for name in reversed(_SPARES):  # what is for hard times first
+                for name in reversed(_SPARES):  # the reserve first
                     if not (path := self._ready(name)).exists():
                         self._make_spare(path, octets)
             except OSError:
@@ -275,7 +275,7 @@ class SpoolDirectory:
                 self.has_reserve = True
 
     def _ready(self, name: str) -> Path:
-        """Where a segment lies that waits to be used: a name that is free, or a file's."""
+        """The path of a segment that waits for use: a free name, or an existing file's."""
         path = self.log_path / name
         for number in itertools.count(2):
             with contextlib.suppress(FileNotFoundError):
@@ -290,7 +290,7 @@ class SpoolDirectory:
         file = open_regular(making, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             os.posix_fallocate(file, 0, octets)
-            # To sync what was never written costs the file system a step of its own, each time.
+            # Each sync of octets never written before costs the file system an extra step.
             write_zeros(file, octets)
             os.fsync(file)
         except OSError:
@@ -302,7 +302,7 @@ class SpoolDirectory:
         making.rename(path)
 
     def retire(self, number: int) -> None:
-        """Let a segment go that nothing needs: it is kept in reserve, becomes the spare one, or is removed.
+        """Retire an unused segment: it goes into reserve, becomes the spare one, or is removed.
 
         Raises:
             OSError: it cannot.
@@ -314,24 +314,24 @@ class SpoolDirectory:
                 segment.rename(wanted[0])
             else:
                 segment.unlink()
-            # Durable before the file is written again: a name of before must not lead to what comes then.
+            # Durable before the file is written again: its old name must not lead to new content.
             sync_directory(self.log_path)
 
     # Large contents --------------------------------------------------------------------------------------------
 
     def temporary(self, name: str) -> Path:
-        """Where a content lies while it is being received."""
+        """The path of content while it is being received."""
         return self.path / "tmp" / name
 
     def large(self, message_id: str) -> Path:
-        """Where a content lies that has a file of its own."""
+        """The path of content that has its own file."""
         return self.path / "large" / message_id
 
     def keep(self, temporary: Path, message_id: str, octets: int, envelope: bytes) -> None:
-        """Make a content durable that was written to a temporary file.
+        """Make content durable that was written to a temporary file.
 
         Args:
-            envelope: written behind it, so that the file identifies itself where nothing else does.
+            envelope: written behind it, so that the file identifies itself if all else is lost.
 
         Raises:
             StorageFull, StorageBroken: it is not.
@@ -357,16 +357,16 @@ class SpoolDirectory:
         return {entry.name for entry in os.scandir(self.path / "large") if entry.is_file(follow_symlinks=False)}
 
     def remove_large(self, message_id: str) -> None:
-        """Remove a content that is no longer needed; one that stays is removed at the next start."""
+        """Remove content that is no longer needed; after a failure the next start removes it."""
         with contextlib.suppress(OSError):
             self.large(message_id).unlink()
 
     def read(self, path: Path, at: int, octets: int) -> bytes:
-        """A part of a file of ours.
+        """Read a part of one of our files.
 
         Raises:
-            ContentLost: it is not there, or not all of it, or cannot be read: the message is to be set aside.
-            SpoolError: it cannot be read at this moment.
+            ContentLost: it is missing, incomplete or unreadable: the message must be set aside.
+            SpoolError: it cannot be read now.
         """
         try:
             file = open_regular(path, os.O_RDONLY)
@@ -384,10 +384,10 @@ class SpoolDirectory:
             raise ContentLost(f"a content is {octets - len(found)} octets short")
         return found
 
-    # What was damaged ------------------------------------------------------------------------------------------
+    # Damaged files ------------------------------------------------------------------------------------------
 
     def set_aside(self, name: str, data: bytes) -> None:
-        """Keep octets for people to look at, as far as there is room."""
+        """Keep octets for inspection, as far as there is room."""
         with contextlib.suppress(OSError):
             file = open_regular(self.path / "lost+found" / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
@@ -396,7 +396,7 @@ class SpoolDirectory:
                 os.close(file)
 
     def move_aside(self, path: Path, name: str = "") -> None:
-        """Keep a file for people to look at, under its own name or another, and beside what has that name already."""
+        """Keep a file for inspection, under its own name or another, beside any file that already has that name."""
         aside = self.path / "lost+found"
         to = aside / (name or path.name)
         if os.path.lexists(to):
@@ -406,14 +406,14 @@ class SpoolDirectory:
 
     @property
     def former_index(self) -> Path:
-        """An index that cannot be used, until it has been searched for what the log has lost."""
+        """An unusable index, until it has been searched for messages that the log has lost."""
         return self.path / "lost+found" / "index.db.unread"
 
     def set_index_aside(self) -> None:
-        """Keep the index as the former one; where there is one, it is what was being made in the place of that."""
+        """Keep the index as the former one, unless there is one: then it is that one's unfinished replacement."""
         former = self.former_index
         is_replacement = former.exists()
-        for name in reversed(INDEX_FILES):  # that without which the others mean nothing comes last
+        for name in reversed(INDEX_FILES):  # the file without which the others are useless comes last
             file, kept = self.path / name, former.with_name(name.replace("index.db", former.name))
             if not is_replacement:
                 kept.unlink(missing_ok=True)
@@ -422,10 +422,10 @@ class SpoolDirectory:
             file.unlink(missing_ok=True)
 
     def keep_former_index(self, *, is_needed: bool) -> None:
-        """Keep the former index, if there is one, for people to look at: no program will.
+        """Keep the former index, if there is one, for inspection by people.
 
         Args:
-            is_needed: also when the next one comes: else it is kept until then.
+            is_needed: keep it even when the next one comes; otherwise until then.
         """
         aside = self.path / "lost+found"
         with contextlib.suppress(OSError):
@@ -436,7 +436,7 @@ class SpoolDirectory:
                 self.former_index.replace(aside / "index.db")
 
     def aside(self) -> list[Path]:
-        """What is kept there, may be mail, and has not been looked at."""
+        """Files kept there that may be mail, and have not been inspected."""
         with contextlib.suppress(OSError):
             return sorted(
                 Path(entry.path)
@@ -446,7 +446,7 @@ class SpoolDirectory:
         return []
 
     def put_back(self, path: Path, message_id: str) -> None:
-        """Keep a content that was set aside as that of a message.
+        """Put content that was set aside back as that of a message.
 
         Raises:
             OSError: it cannot be.
@@ -455,7 +455,7 @@ class SpoolDirectory:
         sync_directory(self.path / "large")
 
     def moving(self) -> str | None:
-        """Into which other store the messages are being moved, see `begin_move`; None: they are not.
+        """The store to which the messages are being moved, see `begin_move`, if any.
 
         Raises:
             OSError: that cannot be read.
@@ -468,7 +468,7 @@ class SpoolDirectory:
             return text.read()
 
     def begin_move(self, where: str) -> None:
-        """Note, durably, that the messages are being moved.
+        """Note durably that the messages are being moved.
 
         Raises:
             OSError: it cannot be noted.
@@ -484,7 +484,7 @@ class SpoolDirectory:
         sync_directory(self.path)
 
     def end_move(self) -> None:
-        """No message is on its way any more.
+        """No message is being moved any more.
 
         Raises:
             OSError: it cannot be noted.
@@ -493,7 +493,7 @@ class SpoolDirectory:
         sync_directory(self.path)
 
     def give_up(self, path: Path) -> None:
-        """Put away what is kept and cannot be put back: people know of it."""
+        """Archive kept files that cannot be put back, once people know about them."""
         known = self.path / "lost+found" / "unreadable"
         known.mkdir(mode=0o700, exist_ok=True)
         path.rename(known / path.name)
@@ -501,7 +501,7 @@ class SpoolDirectory:
     # Room ------------------------------------------------------------------------------------------------------
 
     def room(self) -> tuple[int, float]:
-        """Free octets, and the share of free inodes (1.0 where the file system does not count them)."""
+        """Free octets, and the share of free inodes (1.0 if the file system does not count them)."""
         found = os.statvfs(self.path)
         return found.f_bavail * found.f_frsize, found.f_favail / found.f_files if found.f_files else 1.0
 

@@ -1,4 +1,4 @@
-"""A content on its way into the spool: in memory while it is small, in a file of tmp/ beyond."""
+"""Content on its way into the spool: in memory while it is small, otherwise in a file in tmp/."""
 
 import contextlib
 import os
@@ -13,11 +13,11 @@ from otel_smtp.spool.messages import SpoolError
 
 
 class EmbeddedDraft(SpillingDraft):
-    """A content that is being received.
+    """Content that is being received.
 
     Args:
         name: gives the name of the file, should one be needed.
-        log: expects the message, until it has come or was discarded.
+        log: expects the message until it is complete or discarded.
     """
 
     __slots__ = ("_crc", "_expected_by", "_expected_since", "_file", "_name", "_path")
@@ -32,16 +32,16 @@ class EmbeddedDraft(SpillingDraft):
         self._crc = 0
 
     def has_come(self) -> None:
-        """The message is expected no longer. Idempotent."""
+        """The log need not expect the message any longer. Idempotent."""
         if self._expected_by is not None:
             self._expected_by.expect_no_more(self._expected_since)
             self._expected_by = None
 
     def hand_over(self) -> tuple[Path, int]:
-        """Give the file of the complete content away: `discard` does not touch it any more.
+        """Hand over the file of the complete content: `discard` no longer touches it.
 
         Returns:
-            The file, and the CRC-32 of what is in it.
+            The file, and the CRC-32 of its content.
         """
         path, self._path = self._path, None
         assert path is not None

@@ -1,4 +1,4 @@
-"""A queued message as the store has it in memory, in its records and in its index: one form, written as JSON."""
+"""A queued message, in the one form used in memory, in records and in the index, as JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from otel_smtp.spool.messages import (
     trace_id_of,
 )
 
-# To look a member up is a fraction of what to call its class costs, when a million messages are read.
+# When a million messages are read, a look-up costs a fraction of calling the class.
 _KINDS: Final = {kind.value: kind for kind in Kind}
 _STATES: Final = {state.value: state for state in DeliveryState}
 _MAIL: Final = Kind.MAIL
@@ -42,11 +42,11 @@ _spooled_recipient: Final = partial(tuple.__new__, SpooledRecipient)
 
 
 class Place(NamedTuple):
-    """Where a message lies.
+    """The place of a message in the log.
 
     Attributes:
         segment, at, octets: of its record.
-        content_at: within the segment; -1: the content is a file of its own.
+        content_at: within the segment; -1: the content has its own file.
         crc: CRC-32 of the content.
     """
 
@@ -63,8 +63,8 @@ class Entry:
     Attributes:
         held_ms: since when it does not age; None: it does.
         place: None until it is durable.
-        is_indexed: the index has a row of it, which may be older.
-        is_busy: a change of it is on its way to the disk.
+        is_indexed: the index has a row of it, perhaps an older one.
+        is_busy: a change of it is being written.
     """
 
     __slots__ = (
@@ -108,7 +108,7 @@ class Entry:
 
     @classmethod
     def of(cls, message: NewMessage, now_ms: int, octets: int, *, is_leased: bool, is_large: bool) -> "Entry":
-        """A message that has just come.
+        """Make the entry of a new message.
 
         Args:
             octets: of its content.
@@ -117,7 +117,7 @@ class Entry:
         due_ms = now_ms + round(message.retry_in * 1000) if message.retry_in else now_ms
         last_replies = message.last_replies
         deliveries: list[DeliveryEntry] = []
-        # Loops, as each comprehension is a call, and this is done for every message.
+        # Loops, as each comprehension is a call, and this runs for every message.
         for destination, recipients in message.deliveries.items():
             waiting: list[SpooledRecipient] = []
             for one in recipients:
@@ -137,7 +137,7 @@ class Entry:
         )  # fmt: skip
 
     def copy(self) -> "Entry":
-        """One that can be changed without changing this one."""
+        """A copy that can be changed independently."""
         other = Entry(
             self.id, self.kind, self.mail, self.carrier, [one.copy() for one in self.deliveries],
             arrived_ms=self.arrived_ms, expires_ms=self.expires_ms, header_octets=self.header_octets,
@@ -150,9 +150,9 @@ class Entry:
     # As text ---------------------------------------------------------------------------------------------------
 
     def encode(self) -> str:
-        """The entry, all but its place."""
-        # Put together by hand, as every message is written by it: an encoder that is given all of it sets itself up for
-        # each document, which takes three times as long. Of texts, only those of others need its escapes.
+        """Encode the entry without its place."""
+        # Assembled by hand, as this runs for every message: an encoder sets itself up for each document, which takes
+        # three times as long. Only texts of peers need its escapes.
         mail = self.mail
         parameters = parameters_of(mail)
         deliveries = ""
@@ -177,12 +177,12 @@ class Entry:
 
     @classmethod
     def decode(cls, text: str | bytes) -> "Entry":
-        """What `encode` made."""
+        """Decode the result of `encode`."""
         return cls.from_values(json.loads(text))
 
     @classmethod
     def from_values(cls, values: Sequence[Any]) -> "Entry":
-        """What `encode` made, parsed."""
+        """Make the entry from the parsed result of `encode`."""
         (
             message_id, kind, arrived_ms, expires_ms, held_ms, is_warned, is_forced, header_octets, octets, is_large,
             reverse_path, parameters, carrier, deliveries,
@@ -200,11 +200,11 @@ class Entry:
             is_large=bool(is_large), is_warned=bool(is_warned), is_forced=bool(is_forced), held_ms=held_ms,
         )  # fmt: skip
 
-    # What others see -------------------------------------------------------------------------------------------
+    # Views -------------------------------------------------------------------------------------------
 
     @property
     def accepted(self) -> tuple[str, int]:
-        """The name in the tally, and how many recipients there are."""
+        """The tally's name for accepted recipients, and their number."""
         recipients = 0
         for one in self.deliveries:
             recipients += len(one.recipients)
@@ -212,16 +212,16 @@ class Entry:
 
     @property
     def is_outcome(self) -> bool:
-        """Whether it is for the application, and no mail."""
+        """Whether it is an outcome for the application, not mail."""
         return self.kind is Kind.OUTCOME
 
     @property
     def trace_id(self) -> str | None:
-        """Of the transaction that brought it."""
+        """The trace id of the transaction that accepted it."""
         return trace_id_of(self.carrier)
 
     def fits(self, trace_id: str | None, sender: str | None, recipient: str | None) -> bool:
-        """Whether it is what is looked for; None: anything."""
+        """Whether it matches the search; None matches anything."""
         return (
             trace_id in (None, self.trace_id)
             and sender in (None, self.mail.reverse_path)
@@ -238,11 +238,11 @@ class Entry:
 
     @property
     def is_corrupt(self) -> bool:
-        """Whether any delivery waits for an operator, since the content is damaged or lost."""
+        """Whether any delivery waits for an operator because the content is damaged or lost."""
         return any(one.state is DeliveryState.CORRUPT for one in self.deliveries)
 
     def delivery(self, number: int) -> DeliveryEntry | None:
-        """The delivery of that number, if it has not ended."""
+        """The delivery with this number, if it has not ended."""
         for one in self.deliveries:
             if one.number == number:
                 return one
@@ -252,7 +252,7 @@ class Entry:
         """The delivery of a lease.
 
         Raises:
-            StaleLease: it is not ours any more.
+            StaleLease: it is no longer ours.
         """
         delivery = self.delivery(lease.delivery)
         if delivery is None or delivery.state is not _LEASED or delivery.epoch != lease.epoch:
@@ -260,7 +260,7 @@ class Entry:
         return delivery
 
     def lease_of(self, delivery: DeliveryEntry) -> Lease:
-        """A delivery as it is given out."""
+        """The lease of a delivery."""
         return _lease(
             (
                 delivery.number, delivery.epoch, self.id, self.kind, self.mail, delivery.destination,
@@ -270,7 +270,7 @@ class Entry:
         )  # fmt: skip
 
     def leases(self) -> list[Lease]:
-        """Its deliveries that are given out."""
+        """Its leased deliveries."""
         leases: list[Lease] = []
         for one in self.deliveries:
             if one.state is _LEASED:
@@ -278,11 +278,11 @@ class Entry:
         return leases
 
     def content_ref(self) -> ContentRef:
-        """Its content: found by its id, as its place may change."""
+        """The reference to its content, by id, as its place may change."""
         return _content_ref((self.octets, self.id))
 
     def shown(self) -> MessageView:
-        """What operators see."""
+        """The view for operators."""
         deliveries = sorted(self.deliveries, key=lambda one: one.due_ms)
         states = [one.state for one in deliveries]
         return MessageView(
@@ -305,7 +305,7 @@ class Entry:
         )
 
     def moved(self, now_ms: int) -> MovedMessage:
-        """All that is known of it, as another store takes it."""
+        """Its whole state, for another store."""
         return MovedMessage(
             id=self.id,
             kind=self.kind,
@@ -330,21 +330,21 @@ class Entry:
     # Changes ---------------------------------------------------------------------------------------------------
 
     def ended_by(self, lease: Lease, verdicts: Sequence[Verdict]) -> dict[str, int] | None:
-        """How many recipients end in which way by an attempt that is the end of the message; None: something is left.
+        """The tally of ends if the attempt ends the message; None: something is left.
 
         Raises:
-            StaleLease: the lease is not its delivery's last one.
+            StaleLease: the lease is not its delivery's latest one.
         """
         delivery = self.owned(lease)
         recipients = delivery.recipients
         if len(self.deliveries) > 1 or len(verdicts) < len(recipients):
             return None
-        if len(recipients) == 1:  # as of most messages
+        if len(recipients) == 1:  # like most messages'
             number, end, _ = verdicts[0]
             return None if end is None or number != recipients[0].number else {end_name(self.kind, end): 1}
         ended: dict[str, int] = {}
         for there, (number, end, _) in zip(recipients, verdicts, strict=False):
-            if end is None or number != there.number:  # they come in the order of the recipients
+            if end is None or number != there.number:  # they are in the order of the recipients
                 return None
             name = end_name(self.kind, end)
             ended[name] = ended.get(name, 0) + 1
@@ -364,7 +364,7 @@ class Entry:
         """Note what an attempt came to; how many recipients ended in which way.
 
         Raises:
-            StaleLease: the lease is not its delivery's last one.
+            StaleLease: the lease is not its delivery's latest one.
         """
         delivery = self.owned(lease)
         by_number = {verdict.number: verdict for verdict in verdicts}
@@ -393,18 +393,18 @@ class Entry:
         return ended
 
     def retry(self, now_ms: int) -> bool:
-        """Make what waits due; whether anything changed."""
+        """Make waiting deliveries due; returns whether anything changed."""
         return self._each(DeliveryState.READY, DeliveryState.READY, now_ms)
 
     def hold(self, now_ms: int) -> bool:
-        """Let what waits wait for an operator."""
+        """Hold waiting deliveries for an operator."""
         if not self._each(DeliveryState.READY, DeliveryState.HELD):
             return False
         self._stop_aging(now_ms)
         return True
 
     def release(self, now_ms: int) -> bool:
-        """Let what is held, or corrupt, go on."""
+        """Release held and corrupt deliveries."""
         held = self._each(DeliveryState.HELD, DeliveryState.READY, now_ms)
         if not self._each(DeliveryState.CORRUPT, DeliveryState.READY, now_ms) and not held:
             return False
@@ -414,7 +414,7 @@ class Entry:
         return True
 
     def expire(self, now_ms: int) -> bool:
-        """Let it be too old."""
+        """Make it expire."""
         self._each(DeliveryState.HELD, DeliveryState.READY, now_ms)
         self._each(DeliveryState.CORRUPT, DeliveryState.READY, now_ms)
         self.expires_ms = min(self.expires_ms, now_ms)
@@ -423,7 +423,7 @@ class Entry:
         return True
 
     def reset(self, now_ms: int, expires_ms: int) -> bool:
-        """Begin again, where anything waits."""
+        """Reset attempts and age, if anything waits."""
         if not self._each(DeliveryState.READY, DeliveryState.READY, now_ms):
             return False
         self.expires_ms = expires_ms
@@ -434,13 +434,13 @@ class Entry:
         return True
 
     def move(self, due_ms: int, instants_ms: int) -> None:
-        """The clock was set: let what waits be due by so much later, and all that has happened have happened so."""
+        """The clock was set: shift due times and past times by this much."""
         self.arrived_ms += instants_ms
         self.expires_ms += instants_ms
         if self.held_ms is not None:
             self.held_ms += instants_ms
         for one in self.deliveries:
-            # The log does not say which contents are lost: what is found to be corrupt was ready by its records.
+            # The log does not record lost contents: a delivery found to be corrupt is ready according to its records.
             if one.state in (DeliveryState.READY, DeliveryState.CORRUPT):
                 one.due_ms += due_ms
 
@@ -462,10 +462,10 @@ class Entry:
         return bool(found)
 
     def mark_corrupt(self, lease: Lease, now_ms: int) -> None:
-        """Its content is damaged: only an operator lets it go on, and it does not age until then.
+        """Its content is damaged: it waits for an operator, and does not age until released.
 
         Raises:
-            StaleLease: the lease is not its delivery's last one.
+            StaleLease: the lease is not its delivery's latest one.
         """
         self.owned(lease).state = DeliveryState.CORRUPT
         if self.held_ms is None:
@@ -473,20 +473,20 @@ class Entry:
 
     def lose_content(self, now_ms: int) -> None:
         """Its content is gone: likewise."""
-        self.is_large = True  # there is no file of its own either
+        self.is_large = True  # it has no file of its own either
         for one in self.deliveries:
-            one.is_possible_duplicate |= one.state is _LEASED  # it may come back, and have been delivered
+            one.is_possible_duplicate |= one.state is _LEASED  # the content may be restored after having been delivered
             one.state = DeliveryState.CORRUPT
         if self.held_ms is None:
             self.held_ms = now_ms
 
     def take_back(self, *, crashes_allowed: int | None, now_ms: int) -> bool:
-        """Take back what is leased, since it cannot be under way; whether it is held now.
+        """Take back leases that cannot be under way any more; returns whether the message is held now.
 
         Args:
-            crashes_allowed: the process that had it died during an attempt; so many crashes a message may be part of
-                before it is held, since it may be their cause. An outcome is never held: it is a few lines of our own.
-                None: the process ended in good order, and the attempt does not count.
+            crashes_allowed: if its process died during an attempt: the number of such crashes after which a message is
+                held, since it may be their cause. An outcome, a few lines of our own, is never held. None: the process
+                ended in order, and the attempt does not count.
         """
         is_held = False
         for one in self.deliveries:

@@ -1,8 +1,8 @@
-"""Incarnations: a gateway process says that it lives, and knows until when its leases are its own.
+"""Incarnations: a gateway process reports that it is alive, and knows until when its leases are valid.
 
-Leases belong to an incarnation, a random name that is never used again. While its beats are answered, nobody takes
-them; who has been silent for the take-over time is declared dead by a peer, and its deliveries go on there. Past
-`ok_until` a gateway cannot know whether that has happened: it begins no attempt, and lets no content leave.
+Leases belong to an incarnation, a random name that is never reused. While its beats are answered, no peer takes them; a
+gateway silent for the take-over time is declared dead by a peer, which continues its deliveries. Past `ok_until` a
+gateway cannot know whether that has happened: it begins no attempt, and sends no content.
 """
 
 import asyncio
@@ -34,16 +34,17 @@ CLOCK_STEP_SECONDS: Final = 2.0
 MARGIN: Final = 0.2  # of the take-over time
 CRASHES_ALLOWED: Final = 3
 PERMITS_SECONDS: Final = 60.0
-"""How long a permit that a silent gateway had in flight counts on, before it leaves the window of its limit: as long as
-the reply may take to what was sent before."""
+"""How long a dead gateway's permit in flight still counts before it leaves the window of its limit: as long as a reply
+to its mail may take.
+"""
 SLOTS_SECONDS: Final = 5.0
-"""How long the connection slots that a gateway still had when it left are kept from others."""
+"""How long slots that a gateway still had when it left stay unavailable to others."""
 DEPARTURES_KEPT: Final = 20
 _GONE: Final = "gone "
 
 
 def channel(place: QueueLocation) -> str:
-    """Where the processes of one queue notify each other of changes."""
+    """The channel on which the processes of one queue notify each other of changes."""
     return f"otel_smtp_{place.schema}"[:63]
 
 
@@ -52,16 +53,16 @@ class Beats:
 
     Args:
         name: of this process in telemetry, for people.
-        heard: called with what another process of the queue says.
-        taken_over: called with how many deliveries were taken over, and the ids of messages that are held for that.
+        heard: called with messages of the queue's other processes.
+        taken_over: called with the number of deliveries taken over, and the ids of messages now held.
 
     Attributes:
         incarnation: a new one after this gateway was declared dead.
-        ok_until: in seconds of the monotonic clock; before, the leases of this incarnation are surely ours.
-        stat: what the housekeeper counted.
-        gateways: how many live.
-        is_housekeeper: this gateway does what one alone has to do.
-        departures: gateways that went since this one came, the last first.
+        ok_until: in seconds of the monotonic clock; before it, this incarnation's leases are certainly valid.
+        stat: the housekeeper's counts.
+        gateways: how many are alive.
+        is_housekeeper: this gateway does the work that only one must do.
+        departures: gateways that left since this one's start, the latest first.
     """
 
     def __init__(
@@ -98,17 +99,17 @@ class Beats:
         self.departures: deque[Departure] = deque(maxlen=DEPARTURES_KEPT)
 
     def holds(self, incarnation: uuid.UUID | None) -> bool:
-        """Whether the leases of an incarnation are surely ours at this moment."""
-        # The very object: leases of ours are made with it, and to compare it is a function in Python.
+        """Whether the leases of an incarnation are certainly valid now."""
+        # Identity suffices, as our leases hold this very object; its comparison is a Python function.
         return incarnation is self.incarnation and time.monotonic() < self.ok_until
 
     @property
     def silent_for(self) -> float:
-        """For how many seconds no beat has been answered, beyond what leases allow; 0: none."""
+        """Seconds without an answered beat, beyond what leases allow."""
         return max(0.0, time.monotonic() - self.ok_until)
 
     async def start(self) -> None:
-        """Enter.
+        """Enter the queue.
 
         Raises:
             SpoolError: the queue cannot be used.
@@ -119,7 +120,7 @@ class Beats:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def leave(self) -> None:
-        """Give what is leased back, and go. Idempotent."""
+        """Give leases back, and leave. Idempotent."""
         if self._task is not None:
             self._is_leaving.set()
             await self._task
@@ -215,7 +216,7 @@ class Beats:
             await self._take_over(connection)
 
     def _note_clocks(self, monotonic: float, clock: float) -> None:
-        """A step of the database's clock moves the ends of all leases: no gateway may be declared dead for it."""
+        """A step of the database's clock moves the ends of all leases, which must not make any gateway look dead."""
         before, self._clocks = self._clocks, (monotonic, clock)
         if before is not None and abs((clock - before[1]) - (monotonic - before[0])) > CLOCK_STEP_SECONDS:
             logger.warning("database clock jumped")
@@ -224,7 +225,7 @@ class Beats:
             self._unbroken_since = monotonic
 
     def _may_take_over(self, now: float) -> bool:
-        # A database that was away for all gives everybody the time to come back first.
+        # After an outage of the database, every gateway gets time to return first.
         return self._unbroken_since is not None and now - self._unbroken_since >= self._place.takeover_seconds
 
     async def _take_over(self, connection: Connection) -> None:
@@ -267,7 +268,7 @@ class Beats:
         self.departures.appendleft(Departure(gone, name, time.time(), silent, deliveries, found_by))
 
     def refusal(self) -> SpoolError | None:
-        """Why nothing can be taken in for now."""
+        """Why no mail can be accepted now."""
         if time.monotonic() < self.ok_until:
             return None
         return StorageAway("queue database unavailable")

@@ -1,9 +1,8 @@
-"""Connections to the database: made to its primary, checked before anything is trusted to them, and what their
-failures mean.
+"""Connections to the database: to its primary, checked before use, and the meaning of their failures.
 
-A connection that commits is never given a timeout, and no task that waits for it is cancelled: asyncpg would send a
-cancel request, upon which PostgreSQL stops waiting for its synchronous standby and leaves the commit on the primary
-alone. A caller that gives up calls `terminate()`.
+A committing connection never gets a timeout, and no task that waits for it is cancelled: asyncpg would send a cancel
+request, upon which PostgreSQL stops waiting for its synchronous standby and leaves the commit on the primary alone. To
+give up, call `terminate()`.
 """
 
 import asyncio
@@ -29,9 +28,9 @@ else:
     Connection = asyncpg.Connection
 
 CONNECT_SECONDS: Final = 10.0
-"""How long all hosts of the URL together may take to connect; and then the one that did, to say what it is."""
+"""How long all hosts of the URL together may take to connect; and then the connected one, to describe itself."""
 CLOSE_SECONDS: Final = 2.0
-LEAST_VERSION: Final = 150_000  # as server_version_num has it
+LEAST_VERSION: Final = 150_000  # in the format of server_version_num
 RETRY_SECONDS: Final = (0.1, 5.0)  # first and longest wait between attempts to connect
 LOCK_SECONDS: Final = 2
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1", "")
@@ -45,7 +44,7 @@ _OF_A_SESSION: Final = (
     "tcp_keepalives_count",
     "tcp_user_timeout",
 )
-"""Settings that a connection is made with, and that a connection pool does not know."""
+"""Settings of our connections that a connection pooler does not support."""
 
 _LOST: Final = (
     OSError,
@@ -55,23 +54,23 @@ _LOST: Final = (
     asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.exceptions.InternalClientError,
 )
-"""What says nothing about the outcome of the statement that it came of."""
+"""Errors that leave a statement's outcome unknown."""
 
 _AGAIN: Final = (
     asyncpg.TransactionRollbackError,
     asyncpg.LockNotAvailableError,
     asyncpg.ReadOnlySQLTransactionError,
 )
-"""What was rolled back, and may succeed when it is done again."""
+"""Errors of a rolled-back transaction that may succeed when repeated."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLocation:
-    """Where a queue is.
+    """The location of a queue.
 
     Attributes:
-        url: as libpq takes it; several hosts are tried in turn, and the primary is taken.
-        takeover_seconds: after which silence a gateway's deliveries go on elsewhere.
+        url: as for libpq; several hosts are tried in turn, and the primary is used.
+        takeover_seconds: the silence after which other gateways take over a gateway's deliveries.
     """
 
     url: str
@@ -81,10 +80,10 @@ class QueueLocation:
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a server said of itself.
+    """A server's description of itself.
 
     Attributes:
-        backend: its process that serves this connection.
+        backend: its process for this connection.
         has_standby: a commit waits for one.
     """
 
@@ -96,22 +95,22 @@ class ServerFacts:
 
 def is_lost(error: BaseException) -> bool:
     """Whether a statement's outcome is unknown: its connection broke, or the server was stopped."""
-    # A ValueError of asyncpg's is an argument that it cannot encode: nothing was sent.
+    # A ValueError of asyncpg means an argument that it cannot encode: nothing was sent.
     return isinstance(error, _LOST) and not isinstance(error, ValueError)
 
 
 def may_succeed_again(error: BaseException) -> bool:
-    """Whether a statement had no effect, and may have when it is done again."""
+    """Whether a statement had no effect, and may succeed when repeated."""
     return isinstance(error, _AGAIN)
 
 
 def is_of_replica(error: BaseException) -> bool:
-    """Whether what is behind a connection is no primary any more: another connection may lead to the one that is."""
+    """Whether a connection's server is no longer the primary: a new connection may find the one that is."""
     return isinstance(error, asyncpg.ReadOnlySQLTransactionError)
 
 
 def storage_error(error: BaseException) -> SpoolError:
-    """What a failure of the database means to the caller that wanted to store something."""
+    """The spool error for a failure of the database."""
     if isinstance(error, SpoolError):
         return error
     if isinstance(error, asyncpg.DiskFullError):
@@ -128,7 +127,7 @@ def _words(error: BaseException) -> str:
 
 
 def _tls(url: str) -> ssl.SSLContext | None:
-    """Verified TLS, unless the URL says something else or the server is on this machine; None: as the URL says."""
+    """Verified TLS, unless the URL decides otherwise or the server is on this machine; None: as in the URL."""
     parts = urlsplit(url)
     given = parse_qs(parts.query)
     if "sslmode" in given or "host" in given:
@@ -141,7 +140,7 @@ def _tls(url: str) -> ssl.SSLContext | None:
 
 
 def _of_each_host(url: str) -> list[str]:
-    """A URL for each host that one names."""
+    """One URL for each host in a URL."""
     parts = urlsplit(url)
     login, at, hosts = parts.netloc.rpartition("@")
     if "," not in hosts:
@@ -150,10 +149,9 @@ def _of_each_host(url: str) -> list[str]:
 
 
 async def _to_primary(place: QueueLocation, purpose: str) -> Connection:
-    """A connection to the first host that is a primary.
+    """Connect to the first host that is a primary.
 
-    Each host has its share of the time: one that takes connections and says nothing, or is not there at all, must not
-    keep us from the one that was promoted for it.
+    Each host gets its share of the time: a silent or missing host must not keep us from the one promoted in its place.
     """
     context = _tls(place.url)
     urls = _of_each_host(place.url)
@@ -180,7 +178,7 @@ async def _to_primary(place: QueueLocation, purpose: str) -> Connection:
         except (OSError, asyncpg.PostgresConnectionError, asyncpg.CannotConnectNowError) as error:
             fault = error
         except asyncpg.TargetServerAttributeNotMatched as error:
-            fault = fault or error  # that another does not answer says more
+            fault = fault or error  # another one's silence is the better explanation
     assert fault is not None
     raise fault
 
@@ -188,15 +186,15 @@ async def _to_primary(place: QueueLocation, purpose: str) -> Connection:
 async def connect(
     place: QueueLocation, *, purpose: str, checks_schema: bool = True, checks_rights: bool = True
 ) -> tuple[Connection, ServerFacts]:
-    """A connection to the primary that may be trusted with mail.
+    """Connect to the primary, and check that it can be trusted with mail.
 
     Args:
-        purpose: shown by the server beside the connection.
-        checks_rights: it must be able to do all that a gateway does.
+        purpose: shown by the server with the connection.
+        checks_rights: it must have all rights that a gateway needs.
 
     Raises:
-        SpoolError: the server, the database or our rights are not what they must be; the text says what to do.
-        StorageAway: no server answers, for now.
+        SpoolError: the server, the database or our rights do not suffice; the text says what to do.
+        StorageAway: no server answers now.
     """
     try:
         connection = await _to_primary(place, purpose)
@@ -305,7 +303,7 @@ def _no_rights(schema: str, table: str, role: str, rights: str = "SELECT") -> Sp
 
 
 async def close(connection: Connection | None) -> None:
-    """Say goodbye, or just leave."""
+    """Close in order, or terminate."""
     if connection is None or connection.is_closed():
         return
     try:
@@ -315,15 +313,15 @@ async def close(connection: Connection | None) -> None:
 
 
 class LastingConnection:
-    """One connection that is made again whenever it is lost.
+    """One connection that is renewed whenever it is lost.
 
     Args:
-        made: called with each new connection, before anybody else uses it.
+        made: called with each new connection, before any other use.
         checks_rights: see `connect`.
 
     Attributes:
-        facts: what the server of the present connection said, or of the last one.
-        fault: why there is none; None: there is one.
+        facts: of the current connection's server, or of the last one's.
+        fault: why there is none, if so.
     """
 
     def __init__(
@@ -352,7 +350,7 @@ class LastingConnection:
         return self._connection
 
     async def get(self) -> Connection:
-        """The connection; one attempt is made to have one.
+        """The connection; makes one attempt to connect if there is none.
 
         Raises:
             SpoolError: see `connect`.
@@ -373,15 +371,15 @@ class LastingConnection:
         return connection
 
     def next_wait(self) -> float:
-        """How many seconds to wait before the next attempt: longer each time, and not all gateways at once.
+        """Seconds until the next attempt: longer each time, and random, so that gateways do not retry together.
 
-        A new connection, or `forget_faults`, begins again.
+        A new connection, or `forget_faults`, resets it.
         """
         wait, self._wait = self._wait, min(RETRY_SECONDS[1], self._wait * 2)
         return wait * (0.5 + random.random())  # noqa: S311 - jitter, no secret
 
     def forget_faults(self) -> None:
-        """It works again: what fails much later over the same connection does not wait for long."""
+        """The connection works: after a much later failure the waits start short again."""
         self._wait = RETRY_SECONDS[0]
 
     def terminate(self) -> None:

@@ -1,4 +1,4 @@
-"""A content on its way into the database: in memory while it is small, beyond in a file without a name.
+"""Content on its way into the database: in memory while it is small, otherwise in an unnamed file.
 
 The file is a cache: nothing of it is durable, nothing is synced.
 """
@@ -25,11 +25,11 @@ class PostgresqlDraft(SpillingDraft):
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of what is in the file."""
+        """SHA-256 of the file's content."""
         return self._digest.digest()
 
     async def chunk(self, number: int) -> bytes:
-        """The chunk of that number, of `CHUNK_OCTETS` but for the last, once it is complete."""
+        """The chunk with this number, of `CHUNK_OCTETS` except for the last, once the content is complete."""
         file = self._file
         assert file is not None
 

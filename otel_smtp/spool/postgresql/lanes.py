@@ -1,10 +1,10 @@
-"""Group commit: what comes while one group commits is the next group. A lone mail does not wait.
+"""Group commit: items that arrive while one group commits form the next group. A lone mail does not wait.
 
-A group costs as much as ten mails, here and in the database. So a second group is under way beside the first only where
-many wait, or the first takes long; and items that are not awaited gather for a moment.
+A group costs as much as ten mails, here and in the database. So a second group runs beside the first only if many items
+wait, or the first takes long; and items that no one awaits gather for a moment.
 
-The outcome of a group is unknown where its connection broke before the server answered. It is sent again then, as it
-was, while its waiters have time; each item knows that it may have been done before.
+The outcome of a group is unknown if its connection broke before the server answered. It is then sent again unchanged,
+while its waiters have time; each item is marked as possibly done before.
 """
 
 import asyncio
@@ -33,21 +33,21 @@ logger: Final = logging.getLogger("otel_smtp.spool.postgresql.lanes")
 
 MOST_ITEMS: Final = 256
 MOST_OCTETS: Final = 4 * 1024 * 1024
-ENOUGH_ITEMS: Final = 64  # for another group beside one that is under way
-GATHER_SECONDS: Final = 0.005  # what is not urgent waits for company; and what is, for a group that is under way
+ENOUGH_ITEMS: Final = 64  # for another group beside the one under way
+GATHER_SECONDS: Final = 0.005  # items that are not urgent wait for company; urgent ones for a group under way
 PATIENCE_SECONDS: Final = 0.02  # what is not urgent waits for that
 SLOW_SECONDS: Final = 1.0  # of a group
 RECENT_GROUPS: Final = 9
-MOST_SLOW: Final = RECENT_GROUPS // 2  # of the recent ones; with one more the median is slow
-RELIEF_SECONDS: Final = 5.0  # then the next group shows whether it still is so
+MOST_SLOW: Final = RECENT_GROUPS // 2  # of the recent groups; with one more the median is slow
+RELIEF_SECONDS: Final = 5.0  # then the next group shows whether it is still slow
 
 
 class Item(Promise[T]):
-    """One thing to be written, and the answer that its caller waits for.
+    """An item to write, and the answer for its caller.
 
     Attributes:
         deadline: in seconds of the monotonic clock; the items of a lane all have the same time.
-        may_be_done: it was sent before, and what became of that is unknown.
+        may_be_done: it was sent before, with an unknown outcome.
     """
 
     __slots__ = ("deadline", "may_be_done", "octets")
@@ -62,7 +62,7 @@ class Item(Promise[T]):
         self.may_be_done = False
 
     def answer(self, result: T) -> None:
-        """It is durable: give the answer, unless there is one. What a caller does wrong with it harms no other item."""
+        """It is durable: give the answer, unless there is one. A caller's fault harms no other item."""
         if not self._is_done:
             try:
                 self.settle(result)
@@ -70,7 +70,7 @@ class Item(Promise[T]):
                 logger.exception("answer of the queue not taken: internal error")
 
     def refuse(self, fault: SpoolError) -> None:
-        """As `answer`: it is not durable, and will not be."""
+        """Like `answer`: it is not durable, and will not be."""
         if not self._is_done:
             try:
                 self.fail(fault)
@@ -85,9 +85,9 @@ class Lanes(Generic[I]):
     """Writes items in groups, over several connections.
 
     Args:
-        write: writes a group and answers its items, by one transaction; it is not cancelled.
-        given_up: called with an item whose time is over while its outcome is unknown.
-        verb, timings: `timings` gets how long each group took, under that name.
+        write: writes a group in one transaction and answers its items; never cancelled.
+        given_up: called with an item whose deadline passes while its outcome is unknown.
+        verb, timings: `timings` gets the duration of each group, under this name.
     """
 
     def __init__(
@@ -133,15 +133,15 @@ class Lanes(Generic[I]):
 
     @property
     def is_slow(self) -> bool:
-        """Whether the median of the recent groups took long, a moment ago."""
+        """Whether the median of the recent groups was slow, a moment ago."""
         return time.monotonic() < self._slow_until
 
     def items(self) -> Iterator[I]:
-        """All that has no answer yet."""
+        """All items without an answer."""
         return itertools.chain(self._waiting, *self._groups)
 
     def add(self, item: I, *, is_urgent: bool = True) -> None:
-        """Have an item written."""
+        """Write an item."""
         if not self._waiting:
             self._is_idle.clear()
         self._waiting.append(item)
@@ -155,13 +155,13 @@ class Lanes(Generic[I]):
 
     @property
     def _is_due(self) -> bool:
-        """Whether an idle lane is to take what waits."""
+        """Whether an idle lane should take the waiting items."""
         return bool(self._waiting) and (
             (self._is_urgent and not self._groups) or len(self._waiting) >= ENOUGH_ITEMS or self._is_over_time
         )
 
     def _call(self) -> None:
-        """Have what waits taken by an idle lane, now or later; or by one that becomes idle."""
+        """Let an idle lane take the waiting items, now or later; or the next one that becomes idle."""
         if self._is_called or not self._waiting:
             return
         if not self._is_due:
@@ -178,7 +178,7 @@ class Lanes(Generic[I]):
         self._call()
 
     async def close(self) -> None:
-        """Let what is there be written, or its time be over; then end. Idempotent."""
+        """Wait until all items are written, or their deadlines pass; then end. Idempotent."""
         if self._tasks:
             if self._waiting:
                 self._lose_patience()
@@ -329,5 +329,5 @@ class Lanes(Generic[I]):
 
 
 async def _pause(line: LastingConnection, deadline: float) -> None:
-    """Wait before the next attempt, but not past the deadline of the first item."""
+    """Wait before the next attempt, but not past the first item's deadline."""
     await asyncio.sleep(min(line.next_wait(), deadline - time.monotonic()))

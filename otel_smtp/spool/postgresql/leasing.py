@@ -1,4 +1,4 @@
-"""Deliveries out: what is attempted, ended for its age, or shown for a warning."""
+"""Deliveries out: leased for an attempt or for expiry, or shown for a warning."""
 
 import time
 from collections.abc import Collection, Container, Mapping, Sequence
@@ -9,14 +9,14 @@ from otel_smtp.spool.messages import Lease, SpoolError, StorageAway, StoreVerb, 
 from otel_smtp.spool.postgresql.parts import PostgresqlParts
 from otel_smtp.spool.postgresql.rows import ContentKey, Row, lease_of, small_content
 
-ADOPT_SECONDS: Final = 60.0  # how long a claim whose answer was lost may still be committed
+ADOPT_SECONDS: Final = 60.0  # how long a claim with a lost answer may still commit
 MOST_CLAIMED: Final = 100
 
 Claimed = tuple[Lease, Sequence[bytes] | None]
 
 
 class PostgresqlLeasing(PostgresqlParts):
-    """Gives deliveries out."""
+    """Leases deliveries."""
 
     _adopt_until = float("-inf")
 
@@ -32,7 +32,7 @@ class PostgresqlLeasing(PostgresqlParts):
             try:
                 claimed = await self._claim(incarnation, destination, min(most, MOST_CLAIMED))
             except SpoolError:
-                # It may have been committed, or be in a moment. And those of other destinations are leased.
+                # It may have committed, or may yet. And deliveries of other destinations are leased.
                 self._adopt_until = time.monotonic() + ADOPT_SECONDS
                 if not found:
                     raise
@@ -59,14 +59,14 @@ class PostgresqlLeasing(PostgresqlParts):
         return None if due_in is None else max(0.0, due_in)
 
     async def _adopt(self, incarnation: UUID, are_outcomes: Container[bool]) -> Sequence[Row]:
-        """Leases of ours that this process does not know of.
+        """Adopt our leases that this process does not know.
 
         Args:
-            are_outcomes: outcomes are claimed, mail is, or both: who sends the one must never be given the other.
+            are_outcomes: whether outcomes are claimed, or mail, or both: the sender of one must never get the other.
         """
         unknown = await self._unknown_leases(incarnation, are_outcomes)
         if unknown:
-            # What has ended since the database looked is not known here any more, either: it is gone at a second look.
+            # Deliveries that ended meanwhile are unknown here too; a second query no longer finds them.
             there = {_lease_key(row) for row in await self._unknown_leases(incarnation, are_outcomes)}
             unknown = [row for row in unknown if _lease_key(row) in there]
         return unknown

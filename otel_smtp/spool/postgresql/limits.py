@@ -1,6 +1,6 @@
 """The limits and connection slots of all gateways of a queue.
 
-See `schema` for what is kept, and `forwarding.base.Ledger` for the interface.
+See `schema` for the tables, and `forwarding.base.Ledger` for the interface.
 """
 
 import json
@@ -21,11 +21,11 @@ from otel_smtp.spool.postgresql.working import Working
 logger: Final = logging.getLogger("otel_smtp.spool.postgresql.limits")
 
 SLOTS: Final = "slots "
-"""Notifications between gateways about slots begin with this; then [the upstream, the gateway, it waits for some]."""
+"""The prefix of notifications between gateways about slots; then [the upstream, the gateway, it waits for some]."""
 
 
 class DatabaseLedger:
-    """Keeps limits in the database of a queue, over a connection of its own that is made when it is needed."""
+    """Keeps limits in the database of a queue, over its own connection, made when needed."""
 
     def __init__(self, place: QueueLocation, statements: Statements, beats: Beats, timings: Timings) -> None:
         self._statements = statements
@@ -76,7 +76,7 @@ class DatabaseLedger:
                 if wanted:
                     await connection.execute(statements.make_slots, name, total)
                     taken = len(await connection.fetch(statements.take_slots, me, name, total, wanted))
-                # Waiters are notified of what was given back; holders, that others wait.
+                # Waiters are told of slots given back, holders that others wait.
                 for is_wish, is_so in ((False, bool(released)), (True, taken < wanted)):
                     if is_so:
                         what = SLOTS + json.dumps([name, str(me), is_wish])

@@ -1,4 +1,4 @@
-"""What operators see and do."""
+"""Operators' queries and commands."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ from otel_smtp.spool.postgresql.parts import PostgresqlParts
 
 T = TypeVar("T")
 
-COUNT_SELF_BELOW: Final = 50_000  # messages; beyond, what the housekeeper has counted is near enough
+COUNT_SELF_BELOW: Final = 50_000  # messages; beyond this, the housekeeper's counts are near enough
 MOST_TOLD: Final = 7000  # octets; PostgreSQL takes 7999 in a notification
 DEED: Final = "deed "
 MOST_HALF_HEARD: Final = 16
@@ -44,7 +44,7 @@ class PostgresqlOperating(PostgresqlParts):
     # Seeing ----------------------------------------------------------------------------------------------------
 
     async def counts(self) -> Counts:
-        """See `Store.counts`; where there is very much, as the housekeeper counted it."""
+        """See `Store.counts`; in a very large queue, the housekeeper's counts."""
         stat = self.beats.stat
         if stat.get("messages", 0) < COUNT_SELF_BELOW:
             stat = await self._count()
@@ -72,12 +72,12 @@ class PostgresqlOperating(PostgresqlParts):
         return await self._working.do(count)
 
     async def messages(self) -> int:
-        """How many messages there are."""
+        """The number of messages."""
         found: int = await self._working.do(lambda connection: connection.fetchval(self._statements.messages))
         return found
 
     async def note_stat(self) -> None:
-        """Count for all gateways, as often as it is worth."""
+        """Count for all gateways, as often as it is worthwhile."""
         began = time.monotonic()
         if began < self._not_before:
             return
@@ -153,20 +153,20 @@ class PostgresqlOperating(PostgresqlParts):
         return [{**row, "gateways": json.loads(row["gateways"])} for row in found]
 
     async def slots(self) -> Sequence[Mapping[str, Any]]:
-        """The connection slots of each upstream that has some: name, total, used, gateways: how many each has."""
+        """The connection slots of each upstream with any: name, total, used, gateways: how many each has."""
         found = await self._working.do(lambda connection: connection.fetch(self._statements.slots))
         return [{**row, "gateways": json.loads(row["gateways"])} for row in found]
 
     # Doing -----------------------------------------------------------------------------------------------------
 
     async def tell(self, what: str) -> None:
-        """Have all gateways of the queue look: "due" for deliveries, "look" for what is too old."""
+        """Tell all gateways of the queue to look: "due" for deliveries, "look" for expired mail."""
         await self._working.do(
             lambda connection: connection.execute("SELECT pg_notify($1, $2)", channel(self._place), what)
         )
 
     async def tell_deed(self, deed: str) -> None:
-        """Have one gateway of the queue report what an operator did; a notification is short, so it comes in pieces.
+        """Let one gateway of the queue report an operator's deed, in pieces, as notifications are short.
 
         Args:
             deed: see `deeds.Deed.as_text`, in ASCII characters.
@@ -252,14 +252,14 @@ class PostgresqlOperating(PostgresqlParts):
         return await self._operate(message_id, delete)
 
     async def take_in(self, message: MovedMessage, content: Sequence[bytes], *, is_intact: bool) -> bool:
-        """Make a message that comes from another store durable, with all that is known of it.
+        """Make a message from another store durable, with its whole state.
 
         Args:
             content: in pieces of `piece_octets`, but for the last one.
-            is_intact: False: it is what could be read of it.
+            is_intact: False: it is only the readable part.
 
         Returns:
-            False: it came before, and may have ended here.
+            False: it was moved before, and may have ended here.
         """
         octets = message.content.octets
         whole = b"".join(content) if octets <= MEMORY_LIMIT_OCTETS else None
@@ -298,7 +298,7 @@ class PostgresqlOperating(PostgresqlParts):
 
 
 class HeardDeeds:
-    """Puts deeds together again that come in pieces, in order."""
+    """Reassembles deeds that come in pieces, in order."""
 
     def __init__(self) -> None:
         self._pieces: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""What the parts of the store's class have in common."""
+"""The common base of the store's classes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Container
@@ -13,7 +13,7 @@ from otel_smtp.spool.store import Woken
 
 @dataclass(slots=True)
 class Figures:
-    """What happened at this gateway, for metrics.
+    """This gateway's counts, for metrics.
 
     Attributes:
         stale: results that came too late.
@@ -27,7 +27,7 @@ class Figures:
 
 
 class PostgresqlParts(ABC):
-    """What `PostgresqlStore` is made of, for the classes that it is put together from; it makes them."""
+    """The parts of `PostgresqlStore`, which makes them, for its base classes."""
 
     beats: Beats
     figures: Figures
@@ -37,8 +37,8 @@ class PostgresqlParts(ABC):
     _woken: Woken | None
     _is_open: bool
     _is_gateway: bool
-    # What this process knows to be its own, by message and delivery: whatever else the database says is ours comes of a
-    # claim whose answer was lost.
+    # Our known leases, by message and delivery: any others that the database has for us come from a claim whose answer
+    # was lost.
     _held: dict[tuple[str, int], int]
     _not_asked_for: tuple[set[str], set[str]]  # destinations of the other kind, where mail is asked for or outcomes are
     _withdrawn: dict[str, int]  # may have been stored, though the client was told otherwise: attempts, by message

@@ -1,4 +1,4 @@
-"""Results: what attempts came to, in groups, with the messages that report it."""
+"""Results: recording attempts' outcomes, in groups, with the messages that report them."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +64,7 @@ _PLACE: Final = attrgetter("place")
 
 
 class PostgresqlRecording(PostgresqlParts):
-    """Notes results."""
+    """Records results."""
 
     _recording: Lanes[Result]
     _unknown_results: set[tuple[str, int, int]]
@@ -155,8 +155,7 @@ class PostgresqlRecording(PostgresqlParts):
             async with connection.transaction():
                 rows = await self._write_mixed(connection, lane, group, incarnation)
                 if is_repeated:
-                    # What is there already may be on the primary alone: a transaction that writes nothing waits for no
-                    # standby.
+                    # Existing rows may be on the primary alone: a transaction that writes nothing waits for no standby.
                     name = end_name(Kind.MAIL, End.DELIVERED)
                     await connection.execute(self._statements.tally, incarnation, str(lane), [name], [0])
             gone = places - {(row["msg_id"], row["d"]) for row in rows}

@@ -37,7 +37,7 @@ Row = asyncpg.Record
 
 
 class ContentKey(NamedTuple):
-    """Where a content is, and whose lease brought it.
+    """The key of a content, with the lease under which it was found.
 
     Attributes:
         is_alone: the message had one delivery, and ends with it.
@@ -73,7 +73,7 @@ def _taken(text: str) -> str:
 
 
 def _recipients_text(recipients: Iterable[SpooledRecipient]) -> str:
-    """What dlv.rcpt has: number, address, NOTIFY, ORCPT and last reply of each."""
+    """The value of dlv.rcpt: number, address, NOTIFY, ORCPT and last reply of each recipient."""
     text = ""
     for number, (address, notify, orcpt), last_reply in recipients:
         plain = "null,null"
@@ -96,12 +96,12 @@ def documents(rows: Iterable[str]) -> str:
 class NewRows:
     """The arguments of `submit` for some messages.
 
-    They are written as JSON by hand: arrays of what each column gets cost three times as much here, since the driver
-    asks of each value in them whether it is an array as well; and an encoder sets itself up for each document.
+    The JSON is assembled by hand: arrays per column cost three times as much, since the driver checks each value for
+    being an array too; and an encoder sets itself up for each document.
 
     Args:
         incarnation: of this gateway.
-        lane: which of those that write at once; each counts in rows of its own.
+        lane: the number of the writing lane; each has its own rows of counts.
     """
 
     def __init__(self, incarnation: UUID, lane: str) -> None:
@@ -203,7 +203,7 @@ def moved_deliveries(message: MovedMessage) -> list[tuple[object, ...]]:
 def new_leases(
     message: NewMessage, octets: int, incarnation: UUID, arrived_at: float, *, is_marked: bool
 ) -> list[Lease]:
-    """The leases of a message that was not there before, all of whose deliveries are ours.
+    """The leases of a new message, all of whose deliveries are ours.
 
     Args:
         is_marked: see `NewRows.add`.
@@ -230,7 +230,7 @@ def leases_again(
     """The leases of a message that was there already.
 
     Args:
-        found: what `submit` said of the deliveries that are still ours.
+        found: what `submit` returned about deliveries still ours.
     """
     new = new_leases(message, octets, incarnation, 0.0, is_marked=False)
     return [
@@ -302,7 +302,7 @@ def _shown(rows: Sequence[Row]) -> MessageView:
 
 
 def key_of(content: ContentRef) -> ContentKey:
-    """Where a content of this store is."""
+    """The key of a content of this store."""
     assert isinstance(content.key, ContentKey)
     return content.key
 

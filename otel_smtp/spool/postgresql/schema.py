@@ -1,4 +1,4 @@
-"""The tables, and how a database gets them: by `otel-smtp queue migrate`, never by a gateway that starts.
+"""The tables and their migrations, run by `otel-smtp queue migrate`, never by a starting gateway.
 
 `meta.version` is what a writer needs, `meta.oldest_reader` the oldest program that may still run: a step adds in one
 release and removes in the next, so that gateways can be replaced one by one.
@@ -15,7 +15,7 @@ import asyncpg
 from otel_smtp.spool.messages import SpoolError
 
 VERSION: Final = 2
-"""What this program knows to write."""
+"""The version that this program writes."""
 
 DEFAULT_SCHEMA: Final = "otel_smtp"
 TABLES: Final = ("meta", "gateway", "msg", "chunk", "dlv", "tally", "pace", "quota", "slot", "stat", "permit", "moved")
@@ -76,10 +76,10 @@ INSERT INTO {{schema}}.stat VALUES (now(), '{{{{}}}}');
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """What brings a schema from the version before to this one.
+    """A step from the previous version of the schema to this one.
 
     Attributes:
-        oldest_reader: the oldest version whose programs may still run then.
+        oldest_reader: the oldest version whose programs may still run afterwards.
         statements: with {schema} where its quoted name goes.
     """
 
@@ -88,8 +88,8 @@ class Migration:
     statements: str
 
 
-# Limits of all gateways together. `pace` has when the next permit is due (GCRA), `quota` what has landed in each
-# hundredth of a limit's period, `permit` what each gateway has taken and not landed.
+# Limits shared by all gateways. `pace` has the time of the next permit (GCRA), `quota` the permits landed in each
+# hundredth of a limit's period, `permit` each gateway's permits in flight.
 _LIMITS: Final = """
 ALTER TABLE {schema}.quota RENAME hour TO begins_at;
 ALTER TABLE {schema}.pace ADD most bigint, ADD period interval, ADD per text;
@@ -193,10 +193,10 @@ WHERE pg_class.oid = to_regclass($1) AND one.grantee <> relowner
 
 
 def quoted(schema: str) -> str:
-    """A schema's name as statements have it.
+    """A schema's name, quoted for statements.
 
     Raises:
-        SpoolError: it is no plain name.
+        SpoolError: it is not a plain name.
     """
     if _NAME.fullmatch(schema) is None or schema.startswith("pg_"):
         raise SpoolError(f"{schema!r} is no name for a schema: lower case letters, digits and _, at most 63")
@@ -204,7 +204,7 @@ def quoted(schema: str) -> str:
 
 
 async def version_of(connection: "asyncpg.Connection[asyncpg.Record]", schema: str) -> tuple[int, int] | None:
-    """The version that a database's schema has, and its oldest reader; None: there is none."""
+    """The version of a database's schema, and its oldest reader; None without a schema."""
     if await connection.fetchval("SELECT to_regclass($1) IS NULL", f"{quoted(schema)}.meta"):
         return None
     row = await connection.fetchrow(f"SELECT version, oldest_reader FROM {quoted(schema)}.meta")
@@ -232,7 +232,7 @@ def why_unusable(found: tuple[int, int] | None, schema: str) -> str | None:
 
 
 async def migrate(connection: "asyncpg.Connection[asyncpg.Record]", schema: str, *, dry_run: bool) -> Sequence[str]:
-    """Make the schema, or bring it up to date.
+    """Create the schema, or bring it up to date.
 
     Each step is one transaction; a concurrent migration waits. Only the owner may write the schema's version: other
     roles lose that right.
@@ -241,11 +241,11 @@ async def migrate(connection: "asyncpg.Connection[asyncpg.Record]", schema: str,
         dry_run: change nothing.
 
     Returns:
-        The statements that were run, or would be.
+        The statements that were, or would be, run.
 
     Raises:
         SpoolError: a newer program has been here.
-        asyncpg.PostgresError: the database refuses it; what steps were done before stay.
+        asyncpg.PostgresError: the database refuses it; completed steps stay.
     """
     name = quoted(schema)
     done: list[str] = []

@@ -73,14 +73,14 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
     Args:
         name: of this process in telemetry.
         version: of this program.
-        most_messages, most_octets: beyond, new mail is refused; None: never for that. What all gateways accept within
-            a beat comes on top.
-        is_gateway: False: an operator's command, which is no gateway: it takes no mail and no lease.
+        most_messages, most_octets: beyond these, new mail is refused; None: no bound. All gateways' mail of one beat
+            may come on top.
+        is_gateway: False: an operator's command, which takes no mail and no lease.
 
     Attributes:
         look_again_seconds, timings: see `Store`.
         ledger: keeps the limits of all gateways.
-        figures: what happened here.
+        figures: this gateway's counts.
     """
 
     look_again_seconds: float | None = LOOK_AGAIN_SECONDS
@@ -125,7 +125,7 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
             verb=StoreVerb.FINISH,
             timings=timings,
         )
-        # An operator's session that only reads needs no more rights than that.
+        # An operator's session that only reads needs no further rights.
         self._working = Working(place, "claims" if is_gateway else "command", timings=timings, checks_rights=is_gateway)
         self.ledger = DatabaseLedger(place, statements, self.beats, timings)
         self._vacuum = VacuumWatch(statements, self._working)
@@ -182,7 +182,7 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
         return Recovery(messages=messages, remarks=remarks)
 
     async def close(self) -> None:
-        """Finish what was asked for, give leases back, and leave. Idempotent."""
+        """Finish pending verbs, give leases back, and leave. Idempotent."""
         if not self._is_open:
             return
         self._is_open = False
@@ -210,7 +210,7 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
         if not what.startswith(DEED):
             self._woken.look_soon() if what == "look" else self._woken.wake()
         elif self.beats.is_housekeeper and (deed := self._heard_deeds.hear(what)) is not None:
-            self._woken.note(deed)  # by one of the gateways: there is one line and one span of it
+            self._woken.note(deed)  # by one of the gateways, so that there is one line and one span
 
     def _took_over(self, deliveries: int, held: Sequence[str]) -> None:
         self.figures.taken_over += deliveries
@@ -305,11 +305,11 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
 
     @property
     def name(self) -> str:
-        """Of this queue among all that there are, for who has it open."""
+        """Identifies this queue among all, once open."""
         return f"{self._working.facts.installation} {self._place.schema}"
 
     async def forget_moved(self, ids: Sequence[str]) -> None:
-        """The other store does not have these any more."""
+        """Drop the notes of these messages, which the other store no longer has."""
         await self._working.do(lambda connection: connection.execute(self._statements.forget_moved, ids))
 
     async def rebuild(self) -> Rebuilt:
@@ -327,4 +327,4 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
         )  # fmt: skip
 
     async def housekeep(self) -> None:
-        """See `Store.housekeep`: time is the database's; all else is done between beats."""
+        """See `Store.housekeep`: the database keeps the time; all other work is done between beats."""

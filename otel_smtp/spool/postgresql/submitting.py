@@ -1,4 +1,4 @@
-"""Messages in: in groups, and large ones alone; and what is withdrawn that may have been stored."""
+"""Messages in: in groups, large ones alone; and withdrawing messages that may have been stored."""
 
 import asyncio
 import hashlib
@@ -42,7 +42,7 @@ class Submission(Item[Sequence[Lease]]):
 
 
 class PostgresqlSubmitting(PostgresqlRecording):
-    """Takes messages in."""
+    """Accepts messages."""
 
     _accepting: Lanes[Submission]
     _large: Lanes[Submission]

@@ -1,5 +1,6 @@
-"""Whether vacuum keeps up. Rows of a queue live for seconds; an old transaction anywhere in the database keeps vacuum
-from removing them, and then each claim reads past all that have gone since."""
+"""Watching whether vacuum keeps up. Rows of a queue live for seconds; an old transaction anywhere in the database keeps
+vacuum from removing them, and then each claim must read past all dead ones.
+"""
 
 import logging
 import time
@@ -18,16 +19,16 @@ OLD_TRANSACTION_SECONDS: Final = 600.0
 DEAD_FOR_EACH_LIVING: Final = 10
 LEAST_DEAD: Final = 5000  # vacuum is not due before
 MANY_DEAD: Final = 100_000
-"""Too many, however much mail waits: where claims have become slow, more and more does."""
+"""Too many, however much mail waits: with slow claims, more and more does."""
 HELD_UP_SECONDS: Final = 180.0
-"""How long there have to be too many dead rows, and none of them removed: autovacuum looks once a minute, and takes its
-time."""
+"""How long too many dead rows must stay without any being removed: autovacuum looks once a minute, and takes its time.
+"""
 LEFT_BY_VACUUM: Final = 0.8
-"""Of the most dead rows there have been: with fewer, vacuum has removed some. Under load many come again at once."""
+"""Fraction of the peak of dead rows: below it, vacuum has removed some. Under load many return at once."""
 
 
 class VacuumWatch:
-    """Logs that vacuum is held up, and that it is not any more: once each."""
+    """Logs once when vacuum is held up, and once when it recovers."""
 
     def __init__(
         self, statements: Statements, working: Working, *, clock: Callable[[], float] = time.monotonic

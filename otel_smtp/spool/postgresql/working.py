@@ -1,4 +1,4 @@
-"""A connection for what does not come in groups, one piece of work at a time."""
+"""A connection for work outside of groups, one piece at a time."""
 
 import asyncio
 from collections import deque
@@ -19,16 +19,16 @@ from otel_smtp.spool.postgresql.connecting import (
 
 T = TypeVar("T")
 
-WORK_SECONDS: Final = 30.0  # then the connection is given up
-TIMES: Final = 3  # what was rolled back for others' sake is done again so often
+WORK_SECONDS: Final = 30.0  # then the connection is dropped
+TIMES: Final = 3  # how often work rolled back because of others is repeated
 
 
 class Working:
-    """Does one piece of work after the other.
+    """Runs one piece of work after the other.
 
     Args:
         purpose: shown by the server beside the connection.
-        timings: gets how long each piece took.
+        timings: gets the duration of each piece.
         checks_rights: see `connecting.connect`.
     """
 
@@ -47,7 +47,7 @@ class Working:
         self._running: set[asyncio.Task[object]] = set()
 
     async def open(self) -> int:
-        """Connect; the server's process behind the connection.
+        """Connect; returns the id of the connection's server process.
 
         Raises:
             SpoolError: see `connecting.connect`.
@@ -57,12 +57,12 @@ class Working:
 
     @property
     def facts(self) -> ServerFacts:
-        """Of the server, once there was a connection."""
+        """Facts of the server, once there was a connection."""
         assert self._line.facts is not None
         return self._line.facts
 
     async def do(self, work: Callable[[Connection], Awaitable[T]], verb: StoreVerb = StoreVerb.OTHER) -> T:
-        """Do some work. It goes on where its caller is cancelled: a commit is not to be disturbed.
+        """Do some work. It continues if its caller is cancelled: a commit must not be disturbed.
 
         Raises:
             StorageAway: its outcome is unknown, or it was not begun.
@@ -108,7 +108,7 @@ class Working:
             raise AssertionError("unreachable")
 
     async def close(self) -> None:
-        """Let what is under way end. Idempotent."""
+        """Wait for work under way. Idempotent."""
         if self._running:
             await asyncio.wait(list(self._running))
         await self._line.close()
