@@ -1,1 +1,1 @@
-"""What people type: one module per command, and in it the command by the same name. `cli` joins them."""
+"""The command line: one module per command, with the command of the same name in it. `cli` joins them."""

@@ -1,4 +1,4 @@
-"""Asking a running gateway by its status port: for commands that look at one from outside."""
+"""Asking a running gateway through its status port, for commands that inspect one."""
 
 import http.client
 import json
@@ -26,26 +26,26 @@ class NoAnswer(Exception):
 
 
 class AskedGateway:
-    """A gateway, as its status port shows it.
+    """A gateway, seen through its status port.
 
     Args:
-        url: where that is: scheme, host and port.
+        url: the port's scheme, host and port number.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        # The status port is near: a proxy that is set for the world must not get its addresses.
+        # The status port is near: a proxy for the Internet must not see its addresses.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def ask(self, *path: str, seconds: float = _ANSWER_SECONDS, **parameters: str | float | bool) -> Any:
-        """What it answers, as a value; None: there is no such thing (404).
+        """Its JSON answer as a value; None: not found (404).
 
         Args:
-            path: parts of the path, each of any text.
+            path: the parts of the path, unescaped.
             seconds: how long it may take.
 
         Raises:
-            NoAnswer: it does not answer, or refuses, or what answers is no gateway.
+            NoAnswer: it does not answer, or refuses, or is not a gateway.
         """
         query = f"?{urlencode(parameters)}" if parameters else ""
         answer = self._get(f"/{'/'.join(quote(part, safe='') for part in path)}{query}", "application/json", seconds)
@@ -83,14 +83,14 @@ class AskedGateway:
 
 
 def _shown(words: str) -> str:
-    """What something else said, which may be any octets: nothing of it controls a terminal."""
+    """Another server's text, which may be any octets, made safe for a terminal."""
     return "".join(char for char in words[:_MOST_WORDS] if char.isprintable()).strip()
 
 
 def running_gateway(settings: Settings, url: str | None) -> AskedGateway:
     """The gateway that `--url` names, or else the one that the settings describe.
 
-    A URL or settings that name none end the process with status 2.
+    If neither names one, the process ends with status 2.
     """
     if url is not None:
         try:

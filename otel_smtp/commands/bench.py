@@ -19,11 +19,11 @@ _SETTLE_SECONDS: Final = 1.1
 
 @dataclass(frozen=True, slots=True)
 class GatewayCost:
-    """What a load cost the gateway, from its metrics page: all its processes, until a second after the last reply.
+    """A load's cost to the gateway, from its metrics page: all its processes, until a second after the last reply.
 
     Attributes:
-        transactions: that ended meanwhile, those of other clients among them.
-        problem: why nothing else is known; empty: it is.
+        transactions: how many ended meanwhile, including other clients'.
+        problem: why nothing else is known, if so.
     """
 
     cpu_seconds: float = 0.0
@@ -118,7 +118,7 @@ def _status_port(context: click.Context, url: str | None) -> AskedGateway | None
 
 
 def _consumed(gateway: AskedGateway | None) -> GatewayCost:
-    """The CPU time it has used, and the transactions it has ended, since its start."""
+    """The CPU time it has used, and the transactions it has finished, since its start."""
     if gateway is None:
         return GatewayCost(problem="the settings name no status port; --url does")
     from prometheus_client.parser import text_string_to_metric_families
@@ -157,7 +157,7 @@ def _cost(gateway: AskedGateway | None, before: GatewayCost, result: LoadResult)
 
 
 def figures(plan: LoadPlan, result: LoadResult, cost: GatewayCost) -> dict[str, object]:
-    """What `--json` prints; latencies in milliseconds."""
+    """The output of `--json`; latencies in milliseconds."""
     p50, p90, p99, highest = result.percentiles_ms(50, 90, 99, 100)
     return {
         "messages": plan.messages,

@@ -39,7 +39,7 @@ def cli() -> None:
     """An OpenTelemetry-traced SMTP gateway: every connection a span, every state transition an event."""
 
 
-# What takes the place of our own marks on a terminal that has no Unicode.
+# Replacements for our marks on a terminal without Unicode.
 _PLAIN: Final = {"→": "->", "✓": "+", "✗": "x", "…": "...", "“": '"', "”": '"'}
 
 

@@ -104,7 +104,7 @@ def message(plan: LoadPlan) -> bytes:
     if room < 2:
         return header
     body = (_LINE * (room // len(_LINE) + 1))[: room - 2]
-    # A cut between CR and LF would leave a bare CR, which is not a message.
+    # A cut between CR and LF would leave a bare CR, which no message may have.
     return header + body.rstrip(b"\r\n").ljust(room - 2, b".") + b"\r\n"
 
 
@@ -367,7 +367,7 @@ class Load:
         self._idle.append((session, perf_counter()))
 
     def _start_due(self, rate: float) -> float:
-        """Start the messages that are due, as far as there are sessions; the seconds until the next one."""
+        """Start due messages while there are sessions; returns seconds until the next one."""
         while self._idle:
             if not self._may_begin():
                 for session, _ in self._idle:
@@ -382,7 +382,7 @@ class Load:
                 return max(0.0, min(due, ends) - now)
             self._due += 1
             session, since = self._idle.popleft()
-            # Where a session was there in time, it is this loop that was late, and not the server.
+            # If a session was available in time, this loop was late, and not the server.
             due_ns = int(due * 1e9) if since > due else 0
             if session is None:
                 self._open(due_ns)

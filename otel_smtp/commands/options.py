@@ -1,4 +1,4 @@
-"""What the commands share: their common options, the settings that these make, and how wrong ones are reported."""
+"""The common part of the commands: global options, the settings that they make, and reporting invalid ones."""
 
 import dataclasses
 import os
@@ -49,12 +49,12 @@ def _add_json(context: click.Context, _: click.Parameter, as_json: bool) -> bool
 def global_flags(
     json_help: str = "Print JSON.", *, takes_json: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command the global options: they may stand in front of its name and behind it.
+    """Give a command the global options, which may precede or follow its name.
 
     The command finds them by `global_options`, and whether to print JSON is its argument `as_json` too.
 
     Args:
-        json_help: what it prints with --json.
+        json_help: its output with --json.
         takes_json: it has that argument.
     """
     options = (
@@ -82,10 +82,10 @@ def global_flags(
 
 @dataclass(frozen=True, slots=True)
 class GlobalOptions:
-    """The options that every command has, in front of its name or behind it.
+    """The options of every command, before or after its name.
 
     Attributes:
-        assignments: all of `--set`, those behind the command's name last.
+        assignments: all of `--set`, those after the command's name last.
     """
 
     config: Path | None = None
@@ -120,7 +120,7 @@ class GlobalOptions:
         upstream: Sequence[str] = (),
         needs_upstream: bool = True,
     ) -> Settings:
-        """As `settings`, for callers that go on when they are invalid.
+        """As `settings`, for callers that continue if they are invalid.
 
         Raises:
             SettingsError: they are invalid.
@@ -145,7 +145,7 @@ class GlobalOptions:
 
 
 def global_options(context: click.Context) -> GlobalOptions:
-    """The options that every command has, as they were given so far."""
+    """The options of every command, as given so far."""
     options = context.find_object(GlobalOptions)
     return GlobalOptions() if options is None else options
 

@@ -17,7 +17,7 @@ ANSWER_SECONDS: Final = 5.0
 RELOAD_SECONDS: Final = 30.0
 """For the reload itself: a gateway that is busy takes its signals late."""
 _ASK_AGAIN_SECONDS: Final = 0.05
-"""Between two questions: the status port answers at once, and a signal has no reply that could be waited for."""
+"""Between two polls: the status port answers at once, and a signal has no reply to wait for."""
 
 
 @click.command()
@@ -61,7 +61,7 @@ def _tell(last: Mapping[str, Any]) -> None:
 
 
 def _ask(address: Endpoint) -> Sequence[Mapping[str, Any]]:
-    """What each process of the gateway reports about its reloads."""
+    """Each process's report about its reloads."""
     import httpx
 
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - where to ask
@@ -84,7 +84,7 @@ def _ask(address: Endpoint) -> Sequence[Mapping[str, Any]]:
 
 
 def _why(error: Exception) -> str:
-    """What the system said, if it did: the library's own words have its number for it."""
+    """The system's error text, if there is one: the library's has only the number."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

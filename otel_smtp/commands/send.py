@@ -1,6 +1,6 @@
 """`otel-smtp send`: a test mail through a gateway, with the replies and the trace id.
 
-It uses the standard library's client on purpose: what that can do, any application can.
+It uses the standard library's client on purpose: any application can do what that can.
 """
 
 import email.policy
@@ -23,14 +23,14 @@ from otel_smtp.config import Secret, Settings, UpstreamUrl
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
-# In the gateway's final 250, and in refusals of mail; other servers say nothing of the kind.
+# In the gateway's final 250, and in refusals of mail; other servers' replies have none.
 _TRACE: Final = re.compile(r"\btrace=([0-9a-f]{32})\b")
 _ANY_LINE_END: Final = re.compile(rb"\r\n|\r|\n")
-# Commands that may be shown as they were sent; anything else that is sent during AUTH is a credential.
+# Commands that may be shown; anything else sent during AUTH is a credential.
 _SHOWN: Final = frozenset({"ehlo", "helo", "starttls", "mail", "rcpt", "data", "rset", "noop", "quit"})
 
 OnExchange = Callable[[str, int, str], None]
-"""Called with what was sent ("MAIL FROM:<...>", never a credential), the code of its reply, and the reply's text."""
+"""Called with the command ("MAIL FROM:<...>", never a credential), the code of its reply, and the reply's text."""
 
 
 @click.command()
@@ -144,7 +144,7 @@ def send(
 
 
 def own_listener(settings: Settings) -> str:
-    """The address at which the gateway of the settings takes a mail that comes from here, without TLS."""
+    """The address at which the settings' gateway takes mail from this machine without TLS."""
     plain = (one for one in settings.listener if one.protocol == "smtp" and not one.tls_required)
     addresses = (address for one in plain if one.tls is not TlsMode.IMPLICIT for address in one.address)
     found = next((address for address in addresses if address.port), None)  # no unix socket, no port of the kernel's
@@ -308,7 +308,7 @@ def _log_in(client: _Client, user: str, password: str) -> None:
 
 
 def _why(error: Exception) -> str:
-    """What went wrong, in words; of TLS without OpenSSL's names for it."""
+    """The error in words; for TLS without OpenSSL's names."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError) and error.reason:

@@ -56,11 +56,11 @@ def serve(
     """
     hold_back()  # first: from here on an early SIGHUP is a late reload
     _fill_standard_descriptors()
-    # Until it serves (`leave_out_of_garbage_collection`): what a start makes stays, and looking through it is a sixth
-    # of the time to the first greeting.
+    # Until it serves (`leave_out_of_garbage_collection`): objects made at the start stay, and collecting them takes a
+    # sixth of the time to the first greeting.
     gc.disable()
-    # gRPC writes lines of its own between those of the log, one for each handshake that fails; why it failed, the log
-    # says.
+    # gRPC writes its own lines between those of the log, one for each failed handshake; the log already says why it
+    # failed.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     _leave_out_what_httpx_would_draw_with()
     _raise_file_limit()
@@ -87,7 +87,7 @@ def serve(
     from otel_smtp.gateway.running import run
 
     def say_ready(ready: "Ready") -> None:
-        # Nothing depends on this line but who waits for it: a pipe that is full or closed stops no mail.
+        # Only programs that wait for this line need it: a full or closed pipe stops no mail.
         with contextlib.suppress(OSError, ValueError):
             Console().write((json.dumps(ready_fields(ready)) if as_json else ready_line(ready)) + "\n")
 
@@ -95,9 +95,9 @@ def serve(
 
 
 def _fill_standard_descriptors() -> None:
-    """Open the null device in the place of each standard stream that is closed.
+    """Open the null device in place of each closed standard stream.
 
-    Else a connection gets its descriptor, and what a library prints there goes to that peer.
+    Otherwise a connection would get its descriptor, and a library's output there would go to that peer.
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
@@ -109,11 +109,11 @@ def _fill_standard_descriptors() -> None:
 
 
 def _leave_out_what_httpx_would_draw_with() -> None:
-    """Have httpx do without its command, as it does where rich is not installed.
+    """Let httpx do without its command, as if rich were not installed.
 
-    The library imports its command, and rich and pygments for that, whenever it is imported itself: here by the first
-    export, while mail is relayed. That is 40 ms in which the interpreter does nothing else, and 4 MiB. For a process
-    that is a gateway and nothing else.
+    Importing the library imports its command, and for that rich and pygments: here at the first export, while mail is
+    relayed. That takes 40 ms, in which the interpreter does nothing else, and 4 MiB. Only for a process that is nothing
+    but a gateway.
     """
     sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]  # None: there is no such module
 
@@ -143,7 +143,7 @@ def ready_fields(ready: "Ready") -> dict[str, Any]:
 
 
 def ready_line(ready: "Ready") -> str:
-    """One line that says where everything is, for people and for scripts that wait for it."""
+    """One line with all addresses, for people and for scripts that wait for it."""
     settings = ready.settings
     listeners = []
     for listener in settings.listener:

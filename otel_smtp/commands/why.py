@@ -1,4 +1,4 @@
-"""`otel-smtp why`: what became of a mail, asked of the running gateway and of its queue."""
+"""`otel-smtp why`: the fate of a mail, from the running gateway and its queue."""
 
 import asyncio
 import contextlib
@@ -32,8 +32,8 @@ class _Found(NamedTuple):
         logged: those of them that only the log has.
         queued: messages in the queue, as `queue list --json` has them.
         searched: where, and since when, in words.
-        notes: what to know about the search.
-        problems: what could not be asked.
+        notes: remarks about the search.
+        problems: sources that could not be searched.
     """
 
     mails: Sequence["Account"]
@@ -151,7 +151,7 @@ def _find(settings: Settings, gateways: Sequence[AskedGateway], what: str, most:
 
 
 def _may_exist(directory: Path) -> bool:
-    """Whether there is something to ask; where this user may not look, the question reports that."""
+    """Whether there is a queue to search; if this user may not look, the search reports it."""
     try:
         return directory.exists()
     except OSError:
@@ -161,9 +161,9 @@ def _may_exist(directory: Path) -> bool:
 def _in_traces(
     gateways: Sequence[AskedGateway], what: str, most: int
 ) -> tuple[Sequence["Account"], list[str], Sequence[str], list[str]]:
-    """The mails that are found in traces, newest first; what was searched; notes; the gateways that did not answer.
+    """The mails found in traces, newest first; what was searched; notes; the gateways that did not answer.
 
-    What several gateways hold of one trace is put together.
+    Joins the parts of a trace from several gateways.
     """
     from otel_smtp.commands.terminal.account import Account
 
@@ -194,7 +194,7 @@ def _in_traces(
 def _matching(
     gateway: AskedGateway, query: str, searched: dict[str, str], notes: dict[str, None]
 ) -> Mapping[str, float]:
-    """The traces of a gateway that match, and when they ended, as far as they have.
+    """A gateway's matching traces, and when they ended, if they have.
 
     Raises:
         NoAnswer: it cannot be asked.
@@ -210,7 +210,7 @@ def _matching(
 
 
 def _told(gateways: Sequence[AskedGateway], trace_id: str, problems: list[str]) -> Sequence["Account"]:
-    """The mails of a trace, with what all gateways have of it; none where it has left memory meanwhile."""
+    """The mails of a trace, with all gateways' parts of it; none if it has left memory meanwhile."""
     from otel_smtp.commands.terminal.account import accounts
     from otel_smtp.commands.terminal.otlp_spans import OtlpSpan, spans_of
 
@@ -232,7 +232,7 @@ def _no_gateway(gateway: AskedGateway, error: Exception) -> NoAnswer:
 
 
 def _in_logs(paths: Sequence[Path], what: str, most: int) -> list["Account"]:
-    """The mails that JSON logs describe together, newest first.
+    """The mails in all the JSON logs together, newest first.
 
     Raises:
         OSError: one cannot be read.
@@ -276,7 +276,7 @@ def _log_lines(paths: Sequence[Path], sought: str) -> Iterator[Mapping[str, Any]
 
 
 def _meant(mails: Sequence["Account"], what: str) -> Sequence["Account"]:
-    """Those of a trace's mails that hold what is sought; of an address, its domain, if spans have no more of it."""
+    """The mails of a trace that match; an address matches by its domain, if spans have no more of it."""
     text = what.lower().strip("<>")
     for sought in dict.fromkeys((text, text.rpartition("@")[2])):
         if wanted := [mail for mail in mails if mail.holds(sought)]:
@@ -285,7 +285,7 @@ def _meant(mails: Sequence["Account"], what: str) -> Sequence["Account"]:
 
 
 async def _in_queue(settings: Settings, what: str, trace_ids: set[str]) -> list[Mapping[str, Any]]:
-    """The queued messages that are meant, or that belong to one of the traces.
+    """The queued messages that match, or that belong to one of the traces.
 
     Raises:
         SpoolError: the queue cannot be read.
@@ -306,5 +306,5 @@ async def _in_queue(settings: Settings, what: str, trace_ids: set[str]) -> list[
 
 
 def _is_of(needle: str, address: str) -> bool:
-    """Whether an address is the one that is sought, or one of the domain."""
+    """Whether an address is the wanted one, or belongs to the wanted domain."""
     return address == needle or address.rpartition("@")[2] == needle.removeprefix("@")

@@ -393,7 +393,7 @@ class SecretText(msgspec.Struct, frozen=True):
 
 
 class Many(msgspec.Struct, frozen=True):
-    """A list. In the environment and in flags, commas separate its items; in a file, a single item needs no brackets."""
+    """A list. In the environment and in flags, commas separate items; in a file, a single item needs no brackets."""
 
     item: ValueKind
     may_be_empty: bool = True

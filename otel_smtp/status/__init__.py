@@ -1,1 +1,1 @@
-"""The status side: probes, metrics, and a page that shows live connections and recent traces."""
+"""The status port: probes, metrics, and a page with live connections and recent traces."""

@@ -1,7 +1,7 @@
-"""What operators may do to the queue from the page, with a token.
+"""Operators' actions on the queue from the page, with a token.
 
-A browser that shows another page must not be able to do it: a request needs a header of our own, which no foreign page
-can send without being asked for by the browser first, and if it names its origin, that must be this very port.
+A browser that shows another page must not be able to act: a request needs our own header, which no foreign page can
+send without a preflight request, and if it names its origin, that must be this port.
 """
 
 import asyncio
@@ -24,8 +24,7 @@ _MOST_OCTETS: Final = 16 * 1024
 _WRONG_TOKEN_SECONDS: Final = 1.0  # each guess costs this, and a place among the few connections
 
 Act = Callable[[str, Sequence[str], str], Awaitable[Sequence[Mapping[str, Any]]]]
-"""Does a command to messages by their ids, for a client, by its address; for each, `queue_id`, and `changed` or
-`error`."""
+"""Runs a command on messages by id, for a client's address; yields for each `queue_id`, and `changed` or `error`."""
 
 
 class QueueActions:
@@ -41,7 +40,7 @@ class QueueActions:
         self._token = token.encode()
 
     async def answer(self, command: str, request: Request) -> Response:
-        """Do a command to the messages that the request names: `{"ids": [...]}`."""
+        """Run a command on the messages that the request names: `{"ids": [...]}`."""
         client = request.client.host if request.client is not None else ""
         if not _is_of_this_page(request):
             return _refusal(403, "this comes from another page")
@@ -66,7 +65,7 @@ def _is_of_this_page(request: Request) -> bool:
 
 
 async def _ids(request: Request) -> Sequence[str] | None:
-    """The ids that are named; None: this is no such request."""
+    """The named ids; None: the request is malformed."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         return None
     body = bytearray()

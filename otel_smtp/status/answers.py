@@ -1,8 +1,7 @@
-"""How often answers are made: readers of the status port share the event loop with the mail, and must not slow it.
+"""The rate of answers: readers of the status port share the event loop with mail, and must not slow it.
 
-Metrics and JSON, which are read again and again, are made once a second for all equal requests, one after the other.
-And all requests together have a pace, beyond which they wait; probes have one of their own, so that they wait for
-nobody.
+Metrics and JSON, which are read repeatedly, are made once per second for all equal requests, one after the other. All
+requests together have a rate, beyond which they wait; probes have their own, so that they wait for no other request.
 """
 
 import asyncio
@@ -18,14 +17,14 @@ REQUESTS_PER_SECOND: Final = 50.0
 REQUESTS_AT_ONCE: Final = 30
 PROBES: Final = frozenset({"/livez", "/readyz"})
 STREAM_PATH: Final = "/api/stream"
-# Not the answers to a command's own action, and not those that wait for something to happen.
+# Not the answers to actions, and not those that wait for an event.
 _KEPT: Final = frozenset({"/metrics", "/api/status", "/api/connections", "/api/upstreams", "/api/queue", "/api/traces"})
 
 _Key = tuple[str, str, bytes, bytes]
 
 
 class RequestRate:
-    """So many a second, after so many at once.
+    """A rate per second, after an initial burst.
 
     Args:
         per_second, at_once: see above.
@@ -69,7 +68,7 @@ class Answers:
             return
         await (self._probes if path in PROBES else self._others).wait()
         if method not in ("GET", "HEAD"):
-            self._kept.clear()  # what was done is to be seen
+            self._kept.clear()  # the result must be visible
             await self._inner(scope, receive, send)
         elif path in _KEPT or path.startswith("/api/traces/"):
             accept = b",".join(value for name, value in scope["headers"] if name == b"accept")

@@ -1,7 +1,7 @@
-"""Following the mails of a gateway: a request waits until there is a line, and brings what has come since the last one.
+"""Following a gateway's mails: a request waits until there is a line, and returns all lines since the last one.
 
-Nothing is pushed, so a reader that is slow holds nothing up; it finds that lines are missing. Lines are kept from the
-first request on, until there has been none for a while.
+Nothing is pushed, so a slow reader holds nothing up; it learns how many lines it missed. Lines are kept from the first
+request on, until there has been none for a while.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ POLL_SECONDS: Final = 0.25
 LINGER_SECONDS: Final = 30.0  # a request waits for less, and the next one comes at once
 
 _CURSOR: Final = re.compile(r"(\d{1,4}):(\d{1,18})")
-# Nobody need look at these.
+# Outcomes without a problem.
 _GOOD_OUTCOMES: Final = frozenset({"relayed", "queued"})
 
 
@@ -60,7 +60,7 @@ class Following:
 
     Args:
         tail: of this process.
-        recorded: what the lines hold of an address that is asked for.
+        recorded: the form of a wanted address in the lines.
         siblings: the gateway's other processes.
         number: of this process.
         wait_seconds: how long a request waits for a line.
@@ -85,7 +85,7 @@ class Following:
 
     @property
     def is_full(self) -> bool:
-        """Whether no further follower is taken."""
+        """Whether no further follower is accepted."""
         return self._followers >= FOLLOWERS
 
     async def answer(self, parameters: Mapping[str, str], stopping: asyncio.Event) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Following:
             self._followers -= 1
 
     def stop(self) -> None:
-        """Keep no more lines."""
+        """Stop keeping lines."""
         if self._ending is not None:
             self._ending.cancel()
         self._tail.stop()
@@ -145,9 +145,9 @@ class Following:
         return after
 
     async def _read(self, after: dict[int, int]) -> tuple[list[Mapping[str, Any]], int]:
-        """What has come to any process, and how much was missed; `after` is moved on."""
+        """The lines of all processes, and how many were missed; advances `after`."""
         asked = f"/api/tail?wait=no&after={_cursor(after)}"
-        # A process that was started since is read from its first line.
+        # A process started since is read from its first line.
         own, following, missed = await self._tail.after(after.get(self._number, 0), LINES_AT_ONCE)
         after[self._number] = following
         lines = [_as_value(line) for line in own]

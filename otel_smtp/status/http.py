@@ -1,9 +1,9 @@
 """HTTP under the status port: an event loop's worth of uvicorn, bounded in connections and time, and a guard in front.
 
-A stranger who can reach the port could otherwise hold open connections until the process has no file left for mail,
-or read the page through a browser on this machine. uvicorn has no bound on the time until a request is complete, and it
-takes over the process's signals. So two of its classes are extended here, which no document promises to keep:
-pyproject.toml names the last version that this was tested with.
+Otherwise a stranger who can reach the port could hold connections open until the process has no file left for mail, or
+read the page through a browser on this machine. uvicorn has no bound on the time until a request is complete, and it
+takes over the process's signals. So this module extends two of its classes, which are undocumented: pyproject.toml
+names the last version tested.
 """
 
 import asyncio
@@ -25,16 +25,16 @@ from otel_smtp.status.siblings import TOKEN_HEADER
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LOOPBACK: Final[Sequence[Network]] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 
-# Several times what people and probes need at once; a quarter of the gateway's own default of 256.
+# Several times what people and probes need; a quarter of the gateway's own default of 256.
 HTTP_CONNECTIONS: Final = 64
 HTTP_CONNECTIONS_PER_CLIENT: Final = 32
 # A request is one packet; a client that has not sent it by then is no probe.
 REQUEST_SECONDS: Final = 10.0
-# For an answer, but for the page's stream, to be made and read.
+# For making and reading an answer, except the page's stream.
 ANSWER_SECONDS: Final = 40.0
 STOP_SECONDS: Final = 1
 
-# The page loads only what the package brings, so that a peer's text could run nothing even if it were not escaped.
+# The page loads only the package's files, so a peer's text could run nothing even if it were not escaped.
 _HEADERS: Final = (
     (
         b"content-security-policy",
@@ -60,7 +60,7 @@ def http_server(application: ASGIApp) -> uvicorn.Server:
             ws="none",
             lifespan="off",
             interface="asgi3",
-            # A client that named itself in X-Forwarded-For would name itself into the allowed networks.
+            # A client could put itself into the allowed networks by X-Forwarded-For.
             proxy_headers=False,
             server_header=False,
             date_header=False,
@@ -103,7 +103,7 @@ class _BoundedProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in self._timers:
-            timer.cancel()  # else the loop would hold whatever has come and gone since
+            timer.cancel()  # otherwise the loop would hold objects of connections long gone
         super().connection_lost(exc)
 
     @property
@@ -139,9 +139,9 @@ class Guard:
         inner: the application.
         allow: networks that may see the page and its API; probes and metrics are open to all.
         is_loopback: the port is on a loopback address: probes and metrics, too, are for this machine alone.
-        token: required in `TOKEN_HEADER`; "": none is.
-        hosts: by which names clients know this port, beside IP addresses and localhost. Any other is one that a web
-            page may have rebound to our address, to read what the browser's network may see.
+        token: required in `TOKEN_HEADER`; "": none.
+        hosts: this port's names, besides IP addresses and localhost. A web page may have rebound any other name to our
+            address, to read what the browser's network may see.
     """
 
     def __init__(

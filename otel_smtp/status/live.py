@@ -1,7 +1,7 @@
-"""The connections of this moment, as the status page shows them.
+"""The current connections, for the status page.
 
-Nothing is noted while mail flows: what the page shows is read from the records of the open connections when somebody
-asks. All rendering, and all redaction, happens then (`LiveView.snapshot`).
+Nothing is noted while mail flows: the page is made from the records of the open connections on request. All rendering,
+and all redaction, happens then (`LiveView.snapshot`).
 """
 
 import logging
@@ -24,11 +24,11 @@ _NAME_CHARACTERS: Final = 64
 
 
 class LiveView(Observer):
-    """The open connections of this process and what became of the mail so far.
+    """The open connections of this process, and the outcomes of mail so far.
 
     Args:
-        shown_host, shown_name: what may be shown of a client's address and of the name that it gives itself (the
-            operator's redaction), None for nothing. Called for viewers, never on the mail path.
+        shown_host, shown_name: redact a client's address and its greeting name for the page, None for nothing. Called
+            for viewers, never on the mail path.
         clock: monotonic seconds, as the records have them.
 
     Attributes:
@@ -53,7 +53,7 @@ class LiveView(Observer):
         self._faults = Faults(logger, "open connection not shown: internal error")
 
     def show(self, shown_host: Callable[[str], str | None], shown_name: Callable[[str], str | None]) -> None:
-        """What may be shown from now on; see above."""
+        """Change the redaction; see above."""
         self._shown_host = shown_host
         self._shown_name = shown_name
 
@@ -79,7 +79,7 @@ class LiveView(Observer):
 
     @property
     def version(self) -> int:
-        """Grows with every change; a viewer compares it instead of being called."""
+        """Grows with every change, so that a viewer can poll it."""
         return self._gone + sum(map(_changes, self._connections))
 
     def open_connections(self) -> Iterable[ConnectionRecord]:
@@ -160,7 +160,7 @@ def _path(connection: ConnectionRecord) -> list[Transition]:
 
 
 def _level(connection: ConnectionRecord) -> tuple[ConnState, int]:
-    """The level at which it is, and since when; the pulses Reset and Error show in the path alone."""
+    """Its level, and since when; the pulses Reset and Error appear only in the path."""
     level, since_ns = None, connection.opened_ns
     for step in chain(reversed(connection.transitions), reversed(connection.earlier)):
         if level is None:

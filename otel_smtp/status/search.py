@@ -1,4 +1,4 @@
-"""Searching traces: what people type, and what of a trace they can mean.
+"""Searching traces: the query language, and matching it with traces.
 
     to:example.org code:5.1.1 text:"mailbox full" id:3577b34 deferred
 
@@ -7,8 +7,8 @@ class of them (`5xx`) or an enhanced code (`5.1.1`, or its beginning); `text:` w
 failed; `id:` any part of a trace id, Message-ID, queue id or connection id. A word without a field means any of these,
 or any other text that a span or event carries: an outcome, upstream, listener, client, state. Case does not matter.
 
-Spans hold of a mailbox what the operator's redaction lets them. An address that is searched for is therefore first
-made what spans hold of it: its domain, its hash, or nothing, and the answer says so.
+Spans hold mailboxes in the form that the operator's redaction allows. A searched address is therefore first converted
+to this form: its domain, its hash, or nothing, and the answer says so.
 """
 
 import re
@@ -20,7 +20,7 @@ from otel_smtp.telemetry import attributes as names
 
 
 class Field(StrEnum):
-    """What a word is about."""
+    """The field of a word."""
 
     TO = "to"
     FROM = "from"
@@ -49,7 +49,7 @@ class QueryWord(NamedTuple):
 
     Attributes:
         field: None: any.
-        mailbox: what stands for `text` where mailboxes are held; None: nothing does.
+        mailbox: the form of `text` for attributes with mailboxes; None: none.
     """
 
     field: Field | None
@@ -58,7 +58,7 @@ class QueryWord(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What is searched for: all of `words`.
+    """A query: all of `words` must match.
 
     Attributes:
         notes: remarks on the search.
@@ -76,10 +76,10 @@ _CODE_CLASS: Final = re.compile(r"([2-5])(?:xx|yz)?")
 _ENHANCED: Final = re.compile(r"[245]\.\d{1,3}(?:\.\d{1,3})?")
 _HEXADECIMAL: Final = re.compile(r"[0-9a-f]{1,32}")
 
-# Of a word that does not say that it is one: "fed" is a word.
+# For a word without `id:`; shorter ones, such as "fed", are words.
 _LEAST_OF_AN_ID: Final = 6
 
-# By the beginnings of attributes' names, so that what is added to a family is found without a change here.
+# By prefixes of attributes' names, so that a new attribute of a family is found without a change here.
 _FAMILIES: Final = (("smtp.rcpt.", Field.TO), ("smtp.mail.from.", Field.FROM))
 _FIELDS: Final[Mapping[str, Field]] = {
     names.REPLY_CODE: Field.CODE,
@@ -116,7 +116,7 @@ def parse(query: str, recorded: RecordedMailbox = RecordedForm) -> Query:
 
 
 class TraceIndex:
-    """What can be found of one trace.
+    """The searchable text of one trace.
 
     Args:
         trace_id: in hexadecimal.
@@ -142,7 +142,7 @@ class TraceIndex:
         self._texts = {field: "\n".join(found) for field, found in texts.items() if found}
 
     def has(self, query: Query) -> bool:
-        """Whether the trace has everything that is searched for."""
+        """Whether the trace matches the query."""
         return all(map(self._has, query.words))
 
     def _has(self, word: QueryWord) -> bool:
@@ -185,7 +185,7 @@ class TraceIndex:
 
 
 def _field(name: str) -> Field | None:
-    """What an attribute is about."""
+    """The field of an attribute."""
     known = _FIELDS.get(name)
     if known is not None:
         return known

@@ -1,7 +1,7 @@
-"""The list of traces that a search gives: which, in what order, which page of it; over all processes of the gateway.
+"""The results of a search: selection, order and pages of traces, over all processes of the gateway.
 
-The list changes while it is read. A page is therefore asked for as of a time (`until`): what has ended since does not
-push traces from one page to the next.
+The list changes while it is read. A page is therefore requested as of a time (`until`): traces that end later do not
+move others to the next page.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from otel_smtp.status.siblings import Siblings, merged_searches
 from otel_smtp.status.traces import RecentTraces, Severity, SpanOctets
 
 TRACES_SHOWN: Final = 100
-# Before a page. A process sends the first one all that stands before the page as well, and has half a second for it.
+# Before a page. A process sends the first one all traces before the page as well, within half a second.
 MOST_SKIPPED: Final = 4900
 # Per turn of the loop: making a summary takes up to 0.1 ms.
 _TRACES_A_TURN: Final = 32
@@ -56,7 +56,7 @@ class SearchRequest(NamedTuple):
         )
 
     def of_sibling(self) -> str:
-        """What to ask another process for, as the parameters of a URL: the pages before this one too."""
+        """The request to another process, as the parameters of a URL: includes the pages before this one."""
         return urlencode(
             {
                 "q": self.query,
@@ -81,9 +81,9 @@ class TraceSearch:
 
     Args:
         traces: of this process.
-        recorded: what spans hold of an address that is searched for.
-        siblings: the gateway's other processes, which are asked too.
-        untraced: which mails have no trace, and so cannot be found; in words, "" where all have.
+        recorded: the form of a searched address in spans.
+        siblings: the gateway's other processes, to search too.
+        untraced: which mails have no trace, and so cannot be found, in words; "" if all have one.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TraceSearch:
     async def answer(self, asked: SearchRequest) -> dict[str, Any]:
         """A page of the list, with how many there are.
 
-        Yields to the event loop again and again.
+        Yields to the event loop repeatedly.
         """
         found = await self._own(asked)
         answers = [found]

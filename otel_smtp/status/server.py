@@ -1,12 +1,11 @@
-"""The status port: probes, metrics, the page and what it reads. Read-only, without secrets or content.
+"""The status port: probes, metrics, the page and its API. Read-only, without secrets or content.
 
-It shares the event loop with the mail and must not slow it. It is notified of nothing: the page's stream compares
-two version numbers a few times a second and makes one text for all watchers, and long searches yield to the loop
-between traces.
+It shares the event loop with the mail and must not slow it. It polls: the page's stream compares two version numbers a
+few times per second and makes one text for all watchers, and long searches yield to the loop between traces.
 
-Probes and metrics are open to every client. The page and its API show who sends mail to whom, so they are open to
-listed networks only (loopback, unless the operator says otherwise), and only by names that are the port's own: a web
-page that rebinds its name to our address reads nothing.
+Probes and metrics are open to every client. The page and its API show who sends mail to whom, so they are open only to
+listed networks (by default loopback), and only under the port's own names: a web page that rebinds its name to our
+address reads nothing.
 
 Importing this module loads the HTTP library, which takes a fifth of a second.
 """
@@ -70,20 +69,20 @@ class StatusServer:
         live: the open connections.
         traces: the recent traces.
         checks: by name, returns why the gateway is not ready, or None, for `/readyz`. Called often, so a check returns
-            what is known already and never waits.
+            present knowledge and never waits.
         metrics: takes the request's Accept header, returns the metrics page and its content type.
         upstreams: returns the upstreams now; never waits.
         queue: returns the spool now; None without one.
-        actions: what may be done to it; None: nothing.
+        actions: on the queue, if any.
         resource: OpenTelemetry resource attributes, for the traces that the API returns.
-        trace_url: where a backend shows a trace: a URL with `{trace_id}` in it; "" for none.
-        untraced: which mails have no trace, in words; "" where all have.
-        recorded_mailbox: what spans hold of an address that is searched for.
+        trace_url: a backend's page for a trace: a URL with `{trace_id}` in it; "" for none.
+        untraced: which mails have no trace, in words; "" if all have one.
+        recorded_mailbox: converts a searched address to its form in spans.
         allow: networks that may see the page and its API.
-        reloads: returns which process takes SIGHUP, and what came of the last one, as plain values.
-        hosts: names of this port, beside IP addresses and localhost.
+        reloads: returns the process that takes SIGHUP, and the result of the last reload, as plain values.
+        hosts: names of this port, besides IP addresses and localhost.
         about: the page's head: the gateway's `hostname` and other facts by name.
-        tail: the lines of mails, for those who follow them; None where there are none.
+        tail: the lines of mails, for followers; None without any.
         siblings: the gateway's other processes, included in all answers; None: there are none, or another process
             asks this one.
         number: of this process.
@@ -152,7 +151,7 @@ class StatusServer:
         host, port = sock.getsockname()[:2]
         is_loopback = ipaddress.ip_address(host).is_loopback
         self._server = http_server(self._application(is_loopback=is_loopback))
-        # At once: connections wait from here on, and are not refused until the server's task runs.
+        # At once, so that connections wait instead of being refused until the server's task runs.
         sock.listen()
         self._serving = asyncio.create_task(self._serve(self._server, sock))
         return Endpoint(host, port)

@@ -47,7 +47,7 @@ async def check_collector(settings: CollectorSettings, *, is_sdk: bool = False) 
     """Send an empty batch of the signal.
 
     Args:
-        is_sdk: the SDK's exporter is used, whose credential provider is not asked here.
+        is_sdk: the SDK's exporter is used, whose credential provider is not called here.
     """
     subject = f"collector {settings.protocol} {settings.shown_endpoint}"
     if settings.protocol is Protocol.GRPC:
@@ -78,7 +78,7 @@ def _send_empty_batch(settings: CollectorSettings) -> CollectorAnswer:
 
 
 async def _diagnose(settings: CollectorSettings, answer: CollectorAnswer) -> str:
-    """Why there was no usable answer, by what the port speaks."""
+    """Why there was no usable answer, judged by the protocol that the port speaks."""
     is_grpc = settings.protocol is Protocol.GRPC
     parts = urlsplit(settings.endpoint if "://" in settings.endpoint else f"//{settings.endpoint}")
     is_secure = not settings.is_insecure if is_grpc else parts.scheme == "https"

@@ -1,4 +1,4 @@
-"""A short conversation with a server, and words for what it said or why there was none."""
+"""A short dialogue with a server, and words for its replies or for a failure."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ async def connection(
     """A connection that is closed at the end.
 
     Args:
-        context: for TLS from the start; None: in clear.
+        context: for TLS from the start; None: in the clear.
 
     Raises:
         OSError: there is no connection; ssl.SSLError is one.
@@ -46,11 +46,11 @@ def reason(error: BaseException) -> str:
     if isinstance(error, ssl.SSLError):
         return f"TLS: {getattr(error, 'verify_message', None) or error.reason or error}"
     if isinstance(error, OSError) and error.strerror:
-        # asyncio puts the address in place of the reason; names that are not found have reasons of their own.
+        # asyncio replaces the reason by the address; an unknown name has its own reason.
         return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else error.strerror
     return str(error) or type(error).__name__
 
 
 def printable(octets: bytes) -> str:
-    """What a server said, safe for a terminal and bounded."""
+    """A server's text, safe for a terminal and bounded."""
     return clean(octets.decode("ascii", "replace").strip(), _SHOWN_CHARACTERS) or "nothing"

@@ -22,7 +22,7 @@ from otel_smtp.smtp.states import TlsMode
 
 # RFC 2606 2: no such domain exists, should a server accept the recipient.
 _STRANGER: Final = "relay-probe@otel-smtp.invalid"
-_STATUS_SECONDS: Final = 2.0  # for a gateway on this machine to say that it is one
+_STATUS_SECONDS: Final = 2.0  # for a gateway on this machine to identify itself
 
 
 async def check_listeners(settings: Settings) -> AsyncIterator[Finding]:
@@ -56,11 +56,11 @@ def check_status(settings: Settings) -> Finding | None:
 
 
 def _answering_status(subject: str, settings: Settings) -> Finding:
-    """Find out whether a gateway answers at a status port that is taken."""
+    """Find out whether a gateway answers at a taken status port."""
     try:
         answer = running_gateway(settings, None).ask("livez", seconds=_STATUS_SECONDS)
         return Finding("ok", subject, f"a gateway answers, up for {float(answer['uptime_seconds']):.0f} s")
-    except (NoAnswer, TypeError, KeyError, ValueError):  # or something else answers, in words of its own
+    except (NoAnswer, TypeError, KeyError, ValueError):  # or another server answers, in its own words
         return Finding("failed", subject, "is taken, and not by a gateway that answers")
 
 
@@ -83,7 +83,7 @@ def _check_unix_path(subject: str, path: Path) -> Finding | None:
         if path.exists():
             is_socket = stat.S_ISSOCK(path.stat().st_mode)
             return None if is_socket else Finding("failed", subject, "exists and is not a socket")
-    except OSError as error:  # others may not even look into its directory
+    except OSError as error:  # other users may not even list its directory
         return Finding("failed", subject, f"cannot be created: {error.strerror}")
     if not os.access(path.parent, os.W_OK):
         return Finding("failed", subject, f"cannot be created: {path.parent} does not exist or is not writable")
@@ -91,7 +91,7 @@ def _check_unix_path(subject: str, path: Path) -> Finding | None:
 
 
 async def _greeting(subject: str, listener: ListenerTable, address: Endpoint) -> Finding:
-    """Find out which server answers at an address that is taken."""
+    """Find out which server answers at a taken address."""
     context = None
     if listener.tls is TlsMode.IMPLICIT:
         # The certificate has a check of its own; here only the greeting counts.

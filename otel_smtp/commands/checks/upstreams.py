@@ -1,4 +1,4 @@
-"""An upstream: connect, negotiate TLS, log in, as for a mail that is never begun."""
+"""An upstream: connect, negotiate TLS, log in, as for a mail, but without sending one."""
 
 import asyncio
 import ssl
@@ -60,7 +60,7 @@ async def check_upstream(settings: UpstreamSettings, hostname: str) -> Finding:
 
 
 def _hint(fault: UpstreamFault) -> str:
-    """What an obscure TLS error usually means."""
+    """The usual meaning of an obscure TLS error."""
     if "wrong version number" in str(fault):
         return "; this port does not start with TLS; perhaps smtp+starttls:// is meant"
     if "unable to get local issuer" in str(fault) or "self-signed" in str(fault):

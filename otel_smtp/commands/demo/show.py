@@ -24,7 +24,7 @@ from otel_smtp.gateway.ports import bind
 from otel_smtp.net import CannotListen
 from otel_smtp.observing import Endpoint
 
-# A trace is drawn when its connection has ended, which is when the visit has.
+# A trace is drawn when its connection, and so the visit, has ended.
 _PATIENCE_SECONDS: Final = 20.0
 # Traces waiting to be drawn; of a load test on the demonstration, not all are.
 _MOST_STORIES: Final = 1000
@@ -35,7 +35,7 @@ class Demonstration:
 
     Args:
         console: where it draws.
-        as_json: print a line of JSON for each trace in place of all else.
+        as_json: print only a line of JSON for each trace.
         listen: addresses to listen on; (): the default ones, or another port if that is taken.
         flags: further settings.
         answer_after_seconds: how long the upstream takes to answer each message.
@@ -88,7 +88,7 @@ class Demonstration:
             await self._upstream.stop()
 
     async def _started(self, upstream: Endpoint) -> Gateway:
-        """A gateway that serves. Where a port was taken since it was found free, the kernel chooses another."""
+        """Start a gateway. If a port has been taken since it was found free, the kernel chooses another."""
         for listen, status in (
             (default_addresses(2525), default_addresses(9925)[0]),
             (["127.0.0.1:0"], "127.0.0.1:0"),
@@ -187,7 +187,7 @@ class Demonstration:
 
 
 def _as_json(span: DrawnSpan) -> dict[str, Any]:
-    """A span as JSON has it; times are nanoseconds since the epoch."""
+    """A span for JSON; times are nanoseconds since the epoch."""
     return {
         "name": span.name,
         "trace_id": f"{span.context.trace_id:032x}",
@@ -204,10 +204,10 @@ def _as_json(span: DrawnSpan) -> dict[str, Any]:
 
 
 def invitations(program: str, address: Endpoint) -> list[str]:
-    """Command lines that send a mail to `address` and run on this very machine.
+    """Command lines that work on this machine and send a mail to `address`.
 
     Args:
-        program: how this program is called, see `called_as`.
+        program: how to call this program, see `called_as`.
     """
     lines = [f"{program} send --to you@example.net {address}"]
     if shutil.which("swaks") is not None:

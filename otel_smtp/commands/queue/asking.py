@@ -21,7 +21,7 @@ WorkOnAnswers = Callable[[AsyncIterator[Any]], Coroutine[Any, Any, None]]
 
 
 def work_on(context: click.Context, spool: Path | None, request: dict[str, Any], work: WorkOnAnswers) -> None:
-    """Run a command on the spool, by way of the gateway that owns it if one runs, and pass its answers to `work`.
+    """Run a command on the spool, through the gateway that owns it if one runs, and pass its answers to `work`.
 
     A failure ends the process with status 1.
     """
@@ -39,7 +39,7 @@ def work_on(context: click.Context, spool: Path | None, request: dict[str, Any],
 
 
 def ask_queue(directory: Path | None, settings: SpoolTable, request: dict[str, Any]) -> AsyncIterator[Any]:
-    """What a directory's owner, or the database, answers to a request of `spool.operators`."""
+    """The answers of a directory's owner, or the database, to a request of `spool.operators`."""
     if directory is not None:
         from otel_smtp.spool.embedded import ask
 
@@ -52,7 +52,7 @@ def ask_queue(directory: Path | None, settings: SpoolTable, request: dict[str, A
 
 
 def _login() -> str:
-    """The user that is logged in, also where the process is another user's, as by sudo."""
+    """The user that is logged in, even if the process runs as another user, as with sudo."""
     with contextlib.suppress(OSError, KeyError):  # of KeyError, before Python 3.13: a uid without a name
         return os.environ.get("SUDO_USER") or getpass.getuser()
     return f"uid {os.getuid()}"
@@ -80,7 +80,7 @@ async def _ask_database(settings: SpoolTable, request: dict[str, Any]) -> AsyncI
 
 
 class _Told:
-    """What the gateways of a queue are to be notified of."""
+    """Notifications for the gateways of a queue."""
 
     def __init__(self) -> None:
         self.what: list[str] = []
@@ -105,7 +105,7 @@ class _Told:
 def ask_database(
     settings: SpoolTable, question: "Callable[[PostgresqlStore], Awaitable[Sequence[Mapping[str, Any]]]]"
 ) -> Sequence[Mapping[str, Any]]:
-    """What the database of a shared queue answers. A failure ends the process with status 1."""
+    """The answers of a shared queue's database. A failure ends the process with status 1."""
     from otel_smtp.gateway.wiring import shared_store
     from otel_smtp.spool.messages import SpoolError
 

@@ -1,1 +1,1 @@
-"""What people see in a terminal. Imported by the command line alone, and only by commands that draw."""
+"""Drawing in a terminal. Only commands that draw import it."""

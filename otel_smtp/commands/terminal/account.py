@@ -1,7 +1,7 @@
-"""What became of a mail, in plain words: for whom, why, who said so, and what took so long.
+"""The fate of a mail in plain words: for whom, why, by whose reply, and what took so long.
 
-An account is made of finished spans. Spans that are missing (of another process, or no longer in memory) leave out
-what they would have told, and nothing else.
+An account is made from finished spans. Missing spans (of another process, or no longer in memory) leave out only their
+own facts.
 """
 
 import time
@@ -43,7 +43,7 @@ class Saying(NamedTuple):
     Attributes:
         whom: a recipient, or several; "" for the whole mail.
         fate: in a word, or a few.
-        who: "this gateway", or the upstream's name; "" where neither said it.
+        who: "this gateway", or the upstream's name; "" if neither said it.
         words: the reply, or why there was none.
     """
 
@@ -55,14 +55,14 @@ class Saying(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What became of one mail.
+    """The fate of one mail.
 
     Attributes:
         spans: of the mail itself: its transaction, if it is known, and the attempts.
-        trace: what to draw: all of the trace; where it has several mails, those of this one.
-        began_ns, ended_ns: of its transaction, and of all that is known of it.
-        outcome: of the transaction; "" where it is not known.
-        took_long: what took most of the time, and how long; "" where nothing did.
+        trace: the spans to draw: all of the trace, or this mail's if the trace has several.
+        began_ns, ended_ns: the start of its transaction, and the end of its last span.
+        outcome: of the transaction; "" if unknown.
+        took_long: what took most of the time, and how long; "" if nothing did.
         ids: by their names.
     """
 
@@ -84,7 +84,7 @@ class Account:
         return any(text in value for value in self._values())
 
     def as_json(self) -> dict[str, Any]:
-        """As a machine reads it; times are seconds since the epoch, durations seconds."""
+        """The account for machines; times are seconds since the epoch, durations seconds."""
         return {
             "trace_id": self.trace_id,
             "time": self.began_ns / 1e9,
@@ -103,7 +103,7 @@ class Account:
 
     @property
     def gateways(self) -> Sequence[str]:
-        """Names of those that had it (`service.instance.id`), the first first, as far as they are known."""
+        """Known names of the gateways that had it (`service.instance.id`), in order."""
         return list(dict.fromkeys(span.instance for span in self.spans if span.instance))
 
     def _values(self) -> Iterator[str]:
@@ -121,7 +121,7 @@ def accounts(spans: Sequence[OtlpSpan]) -> list[Account]:
         spans: of one trace, in order of their start; at least one.
     """
     by_id = {span.context.span_id: span for span in spans}
-    below: dict[int, list[OtlpSpan]] = {}  # attempts, and what else became of the mail in the queue
+    below: dict[int, list[OtlpSpan]] = {}  # attempts, and operators' actions on the queued mail
     for span in spans:
         above = _above(span)
         if span.name not in (names.SPAN_CONNECTION, names.SPAN_TRANSACTION) and above:
@@ -139,7 +139,7 @@ def accounts(spans: Sequence[OtlpSpan]) -> list[Account]:
 
 
 def _above(span: OtlpSpan) -> list[int]:
-    """The spans to which a span belongs: its parent, and those that it links to."""
+    """The spans to which a span belongs: its parent, and its links."""
     return [of.span_id for of in (span.parent, *(link.context for link in span.links)) if of is not None]
 
 
@@ -198,7 +198,7 @@ def _sayings(
     explained = {about.get(names.ERROR_TYPE) for about in unanswered if names.FAILURE_REASON in about}
     for event in errors:
         if event.attributes.get(names.ERROR_TYPE) in explained:
-            continue  # our own words for an attempt that had no reply, which says why
+            continue  # our own words for an attempt without a reply, which say why
         said = _of_error(event, attempts, connection)
         # The client was given an upstream's reply: it is shown once, in the upstream's full words.
         same = next((one for one in of_attempts if f"{one.words} ".startswith(f"{said.words} ")), None)
@@ -219,7 +219,7 @@ def _end_of(connection: OtlpSpan | None) -> str:
 
 
 def _of_recipients(spans: Sequence[OtlpSpan]) -> Iterator[Saying]:
-    """What became of single recipients; of one that is deferred again and again, the last time."""
+    """The fates of single recipients; of one deferred repeatedly, only the last."""
     sayings = [
         (number, _of_recipient(event))
         for number, span in enumerate(spans)
@@ -241,7 +241,7 @@ def _of_recipient(event: OtlpEvent) -> Saying:
 
 
 def _errors(transaction: OtlpSpan | None, connection: OtlpSpan | None) -> Iterator[OtlpEvent]:
-    """The error replies that a client got while the transaction was open; without one, all of them."""
+    """The error replies to a client while the transaction was open; without a transaction, all of them."""
     if connection is None:
         return
     number = transaction.attributes.get(names.TRANSACTION_NUMBER) if transaction else None
@@ -268,7 +268,7 @@ def _of_error(event: OtlpEvent, attempts: Sequence[OtlpSpan], connection: OtlpSp
     code = a.get(names.REPLY_CODE)
     fate = "failed" if code is None else "refused" if int(code) >= 500 else "deferred"
     whom = {"RCPT": "a recipient", "MAIL": "the sender"}.get(verb, "" if verb in ("", ".", "DATA", "BDAT") else verb)
-    # Where it was no reply, the connection says what went wrong with it.
+    # Without a reply, the connection has the reason.
     reason = None if connection is None else connection.attributes.get(names.FAILURE_REASON)
     return Saying(whom, fate, plain(who), _reply(a) or plain(reason or a.get(names.ERROR_TYPE, "")))
 
@@ -292,7 +292,7 @@ def _of_attempt(attempt: OtlpSpan, transaction: OtlpSpan | None, *, is_shared: b
 
 
 def _whose(attempt: OtlpSpan, *, is_shared: bool) -> Iterator[str]:
-    """Which of several gateways attempted it, and which gateway it took the mail over from."""
+    """Which of several gateways attempted it, and from which one it took the mail over."""
     if is_shared and attempt.instance:
         yield f"by gateway {plain(attempt.instance)}"
     for event in attempt.events:
@@ -379,7 +379,7 @@ def _attempt(span: OtlpSpan) -> int:
 
 
 def account_lines(account: Account) -> list[Text]:
-    """The account, one line for each thing that was said, the whole before."""
+    """The account in lines: the summary, then one line for each reply."""
     when = time.strftime("%d %b %H:%M:%S", time.localtime(account.began_ns / 1e9))
     to = ", ".join(account.recipients[:3]) or "recipients not recorded"
     if len(account.recipients) > 3:
@@ -413,7 +413,7 @@ def _saying_line(said: Saying) -> Text:
 
 
 def queued_lines(row: Mapping[str, Any], now: float) -> list[Text]:
-    """What the queue says of a message.
+    """A message's state in the queue, in lines.
 
     Args:
         row: as `spool.operators` answers.

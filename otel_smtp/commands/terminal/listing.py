@@ -48,7 +48,7 @@ class Listing:
 
     Args:
         width: cells of a line; None: no terminal, so each message is one line.
-        is_chosen: only some messages were asked for, so that none may be left though there are others.
+        is_chosen: only some messages were requested, so none may match although there are others.
         now: seconds since the epoch.
     """
 
@@ -99,7 +99,7 @@ class Listing:
 
 
 class Grouping(StrEnum):
-    """What the rows of a `Shape` are."""
+    """The kinds of rows of a `Shape`."""
 
     DOMAIN = "domain"  # of the recipients
     SENDER = "sender"  # its domain
@@ -107,7 +107,7 @@ class Grouping(StrEnum):
 
 
 class Shape:
-    """Messages by group and age: a row per group, the largest first, and a column per age.
+    """Messages by group and age: one row per group, the largest first, and one column per age.
 
     A column counts ages up to its head, above the one before; empty columns are left out.
 

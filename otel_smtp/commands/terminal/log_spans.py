@@ -1,7 +1,7 @@
-"""Spans made of lines of the gateway's JSON log, so that a log alone shows what became of a mail.
+"""Makes spans from lines of the gateway's JSON log, so that a log alone shows the fate of a mail.
 
-A line has what its span had, but for events other than recipients', and for its parent: that is found again by
-connection, queue id and time.
+A line has its span's data, except events other than recipients', and its parent, which is found by connection, queue id
+and time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,14 +23,14 @@ _OF_THE_LINE: Final = frozenset(
         names.LOG_DURATION,
     }
 )
-_NO_SPAN: Final = 0  # below which those stand whose parent is not in the log
+_NO_SPAN: Final = 0  # the root of spans whose parent is not in the log
 
 
 def spans_of_lines(lines: Iterable[Mapping[str, Any]]) -> list[OtlpSpan]:
     """The spans that the lines of one trace describe, in order of their start.
 
     Raises:
-        ValueError, KeyError, TypeError: a line is none of the gateway's.
+        ValueError, KeyError, TypeError: a line is not the gateway's.
     """
     spans: list[OtlpSpan] = []
     told: dict[int, list[OtlpEvent]] = {}

@@ -1,4 +1,4 @@
-"""Spans as the status port gives them, which is OTLP's JSON, made values that can be drawn."""
+"""Makes drawable values from the status port's spans, which are in OTLP's JSON."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
@@ -8,7 +8,7 @@ _INSTANCE: Final = "service.instance.id"
 
 
 class SpanId(NamedTuple):
-    """Which span of which trace."""
+    """A span's ids."""
 
     trace_id: int
     span_id: int

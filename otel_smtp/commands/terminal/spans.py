@@ -1,4 +1,4 @@
-"""Finished spans as they are drawn: their interface, and the spans of one connection collected."""
+"""Finished spans for drawing: their interface, and collecting the spans of one connection."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
@@ -107,5 +107,5 @@ class Stories:
 
 
 def _above(span: DrawnSpan) -> set[int]:
-    """The spans that a span belongs to: its parent, and those that it links to."""
+    """The spans to which a span belongs: its parent, and its links."""
     return {of.span_id for of in (span.parent, *(link.context for link in span.links)) if of is not None}

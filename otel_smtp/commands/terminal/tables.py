@@ -1,4 +1,4 @@
-"""Tables and lines: what `check` and `send` print."""
+"""Tables and lines for the output of `check` and `send`."""
 
 from collections.abc import Sequence
 

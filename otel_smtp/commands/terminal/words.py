@@ -15,7 +15,7 @@ class Word(NamedTuple):
     style: str = ""
 
 
-# What the row shows already: by its name, its place, its time.
+# Attributes that a row already shows by its name, place or time.
 _SHOWN_ALREADY: Final = frozenset(
     {
         names.CONNECTION_ID,
@@ -101,7 +101,7 @@ def duration(nanoseconds: int) -> str:
 
 
 class _Reader:
-    """Takes attributes one by one; the rest is shown as it is at the end."""
+    """Takes attributes one by one; the rest is shown unchanged at the end."""
 
     def __init__(self, attributes: Attributes) -> None:
         self._left = dict(attributes)
