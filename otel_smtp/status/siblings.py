@@ -1,4 +1,4 @@
-"""Several processes as one gateway: asking the other processes' status ports, and merging the answers.
+"""Several processes as one gateway: asks the other processes' status ports, and merges the answers.
 
 The process that has the operator's status port asks its siblings, each at its own loopback port, within the time that
 a person waits for a page. One that does not answer in time is left out and reported as silent. A sibling requires the
@@ -30,8 +30,8 @@ class Siblings:
     Args:
         number: this process's.
         ports: the others' loopback ports, by number.
-        token: which they require.
-        answer_seconds: after which a silent process is left out.
+        token: required by them.
+        answer_seconds: a process silent for longer is left out.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Siblings:
         return sorted(self._ports)
 
     async def ask(self, path: str, *, accept: str = "application/json") -> Mapping[int, tuple[int, bytes]]:
-        """Status and body of each answer, by number; processes that do not answer in time are missing."""
+        """Ask all; returns status and body of each answer in time, by number."""
         answers = await asyncio.gather(*(self._ask_one(self._ports[number], path, accept) for number in self.numbers))
         return {number: answer for number, answer in zip(self.numbers, answers, strict=True) if answer is not None}
 
     async def ask_json(self, path: str, *, statuses: Container[int] = (200,)) -> Mapping[int, Any]:
-        """As `ask`: the answers that have one of `statuses` and are JSON, as values."""
+        """As `ask`, for JSON answers with one of `statuses`, as values."""
         found: dict[int, Any] = {}
         for number, (status, body) in (await self.ask(path)).items():
             if status in statuses:
@@ -80,7 +80,7 @@ class Siblings:
 
 
 def merged_reasons(reasons: Mapping[int, Mapping[str, str]]) -> Mapping[str, str]:
-    """Why processes are not ready, with the process in the check's name."""
+    """Why processes are not ready, with the process's number in the check's name."""
     return {f"{check} (process {number})": why for number in sorted(reasons) for check, why in reasons[number].items()}
 
 
@@ -135,7 +135,7 @@ def _is_later(age: float | None, other: float | None) -> bool:
 
 
 def merged_searches(found: Sequence[Mapping[str, Any]], *, is_errors_first: bool, shown: slice) -> dict[str, Any]:
-    """The traces that the processes found, in one list. A trace with parts in several processes is listed once."""
+    """The processes' traces in one list. A trace with parts in several processes is listed once."""
     traces: dict[str, dict[str, Any]] = {}
     for summary in (summary for one in found for summary in one["traces"]):
         known = traces.get(summary["trace_id"])

@@ -1,12 +1,12 @@
 """Recent traces, kept in memory so that a mail can be looked up without any backend.
 
-Spans come one by one as they end, of any trace in any order, and encoded: their octets are all that is kept. Adding one
-is an append; which spans make a trace, what it says in short (`KeptTrace.summary`) and in full
-(`KeptTrace.otlp_json`) is decoded only when it is looked at.
+Encoded spans come one by one as they end, of any trace in any order; only their octets are kept. Adding one is an
+append; grouping them by trace, its summary (`KeptTrace.summary`) and its full form (`KeptTrace.otlp_json`) are decoded
+only on request.
 
 Two bounded shelves: the recent spans, and behind them those of traces in which something failed, so that an error of
-last night is still found after ten thousand good mails. The bounds are on octets, which are what takes memory, and on
-spans, which are what a search takes its time for.
+last night is still found after ten thousand good mails. Octets are bounded for the sake of memory, spans for the
+duration of a search.
 """
 
 import logging
@@ -28,7 +28,7 @@ AttributeValue = str | bool | int | float | Sequence[str]
 
 
 class SpanIdentity(Protocol):
-    """Which span of which trace."""
+    """A span's ids."""
 
     @property
     def trace_id(self) -> int: ...
@@ -64,7 +64,7 @@ class SpanLink(Protocol):
 
 
 class FinishedSpan(Protocol):
-    """What is read of a span that is over; times are since the epoch."""
+    """A finished span, as far as it is read; times are since the epoch."""
 
     @property
     def name(self) -> str: ...
@@ -91,10 +91,10 @@ class FinishedSpan(Protocol):
 
 
 class SpanOctets(Protocol):
-    """A finished span as octets, or some that ended together.
+    """A finished span as octets, or several that ended together.
 
     Attributes:
-        spans: how many they are.
+        spans: their number.
     """
 
     @property
@@ -108,7 +108,7 @@ class SpanOctets(Protocol):
 
 
 class Severity(StrEnum):
-    """How a trace went."""
+    """The worst that happened in a trace."""
 
     FAILED = "failed"  # the gateway, or what it depends on
     REFUSED = "refused"  # a client's fault, policy, or the upstream's verdict on the mail
@@ -124,12 +124,12 @@ _KINDS: Final = {"INTERNAL": 1, "SERVER": 2, "CLIENT": 3, "PRODUCER": 4, "CONSUM
 _STATUS_UNSET: Final = 0
 _STATUS_ERROR: Final = 2
 
-# A mail's spans are together some 2 KiB, so these are some 4000 mails, and half as many that went wrong.
+# A mail's spans have some 2 KiB, so these hold some 4000 mails, and half as many failed ones.
 RECENT_SPANS: Final = 20_000
 RECENT_OCTETS: Final = 8 * 1024 * 1024
 FAILED_SPANS: Final = 10_000
 FAILED_OCTETS: Final = 4 * 1024 * 1024
-# A shelf that is full makes room for a hundredth of its spans at once, so that not every span has to.
+# A full shelf drops a hundredth of its spans at once, so that not every new span has to.
 _MADE_AT_ONCE: Final = 100
 # Of the object that holds a span's octets, and of its place on a shelf.
 _OCTETS_BESIDE: Final = 48
@@ -144,13 +144,13 @@ _HEXADECIMAL: Final = re.compile(r"[0-9a-fA-F]{1,32}")
 
 
 class KeptTrace:
-    """Finished spans of one trace, in the order in which they ended: the newest of them where they are very many.
+    """Finished spans of one trace, in the order in which they ended; only the newest of very many.
 
     Args:
         faults: learns of spans that cannot be read; they are left out.
 
     Attributes:
-        held: how many there are.
+        held: their number.
     """
 
     __slots__ = ("_encoded", "_faults", "_index", "_summary", "held", "trace_id")
@@ -175,15 +175,15 @@ class KeptTrace:
         return found[::-1]
 
     def summary(self) -> dict[str, Any]:
-        """The trace in short, for a list; worked out once and again after a span was added."""
+        """The trace in short, for a list; computed again only after a span was added."""
         return self._worked_out()[0]
 
     def matches(self, query: Query) -> bool:
-        """Whether the trace has everything that is searched for."""
+        """Whether the trace matches the query."""
         return self._worked_out()[1].has(query)
 
     def _worked_out(self) -> tuple[dict[str, Any], TraceIndex]:
-        """Both at once: decoding the spans is what takes the time."""
+        """Computes both at once, as decoding the spans takes the time."""
         if self._summary is None or self._index is None:
             spans = sorted(self.spans(), key=lambda span: span.start_ns)
             self._summary = self._summarize(spans)
@@ -226,7 +226,7 @@ class KeptTrace:
         }
 
     def otlp_json(self, resource: Mapping[str, AttributeValue]) -> dict[str, Any]:
-        """The trace as OTLP writes it in JSON, so that Jaeger and Grafana can open the saved answer."""
+        """The trace in OTLP's JSON, so that Jaeger and Grafana can open the saved answer."""
         shown: list[dict[str, Any]] = []
         for span in sorted(self.spans(), key=lambda span: span.start_ns):
             try:
@@ -244,7 +244,9 @@ class KeptTrace:
 
 
 class _Shelf:
-    """Spans in order, those that ended together as one, bounded in number and octets; it always has room for one."""
+    """Spans in order, with those that ended together as one entry, bounded in number and octets; always has room for
+    one.
+    """
 
     __slots__ = ("octets", "octets_room", "spans", "spans_room")
 
@@ -255,7 +257,7 @@ class _Shelf:
         self.octets_room = octets_room
 
     def make_room(self) -> list[SpanOctets]:
-        """If there are too many spans, take off the oldest, and some more for the next ones; returns these."""
+        """If there are too many spans, remove the oldest, and some more for the next ones; returns the removed."""
         spans = self.spans
         gone: list[SpanOctets] = []
         if self.octets <= self.octets_room and len(spans) <= self.spans_room:
@@ -272,7 +274,7 @@ class RecentTraces:
 
     Args:
         recent_spans, recent_octets, failed_spans, failed_octets: how much each shelf may hold.
-        catch_up: adds what is still to be made of mails that have ended; called before what is held is read.
+        catch_up: makes and adds the spans of mails that have ended; called before reading.
 
     Attributes:
         version: grows with every span.
@@ -302,7 +304,7 @@ class RecentTraces:
         """Keep finished spans, each one or some of one trace that ended together. Called on the event loop.
 
         Args:
-            is_trouble: something in them went wrong.
+            is_trouble: something in them failed.
         """
         self.version += len(spans)
         recent = self._recent
@@ -317,7 +319,7 @@ class RecentTraces:
             self._outlive(recent.make_room())
 
     def complete_since_ns(self) -> int:
-        """Everything that ended since then is held: since the start, or since the oldest that was not dropped.
+        """All spans that ended since then are held: since the start, or since the oldest one not dropped.
 
         Nanoseconds since the epoch.
         """
@@ -327,7 +329,7 @@ class RecentTraces:
         return max(next(readable, self._started_ns), self._started_ns)
 
     def spans(self) -> list[SpanOctets]:
-        """All that is held now, the newest first."""
+        """All spans held now, the newest first."""
         self._catch_up()
         return [*reversed(self._recent.spans), *reversed(self._failed.spans)]
 
@@ -348,7 +350,7 @@ class RecentTraces:
         return known
 
     def forget_all_but(self, trace_ids: Container[bytes]) -> None:
-        """Forget what was worked out for traces that are gone."""
+        """Forget the cached results of dropped traces."""
         for trace_id in [known for known in self._known if known not in trace_ids]:
             del self._known[trace_id]
 
@@ -387,7 +389,7 @@ def _read(encoded: SpanOctets, faults: Faults) -> Sequence[FinishedSpan]:
 
 
 def _severity(spans: Sequence[FinishedSpan]) -> Severity:
-    """How a trace went, as far as it is known.
+    """The worst that happened in a trace, as far as known.
 
     A delivery that ended in a 5yz, for all recipients or for some, has the status ERROR, as conventions for clients
     want it; yet the upstream did its work.
@@ -404,7 +406,7 @@ def _severity(spans: Sequence[FinishedSpan]) -> Severity:
 
 
 def _words(spans: Sequence[FinishedSpan], events: Sequence[SpanEvent]) -> list[str]:
-    """What was said about the mail: of refusals and failures where there are any, else what upstreams answered."""
+    """The words about the mail: refusals and failures if there are any, otherwise the upstreams' replies."""
     told = [span.attributes for span in spans] + [event.attributes for event in events]
     reasons = [attributes[names.FAILURE_REASON] for attributes in told if names.FAILURE_REASON in attributes]
     refusals = [_reply(attributes) for attributes in told if _is_refusal(attributes)]
@@ -422,7 +424,7 @@ def _is_refusal(attributes: Mapping[str, AttributeValue]) -> bool:
 
 
 def _reply(attributes: Mapping[str, AttributeValue]) -> str:
-    """Code, enhanced code and text of a reply, as far as they are known."""
+    """Code, enhanced code and text of a reply, as far as known."""
     parts = (attributes.get(name) for name in (names.REPLY_CODE, names.REPLY_ENHANCED_CODE, names.REPLY_TEXT))
     return " ".join(str(part) for part in parts if part not in (None, ""))
 

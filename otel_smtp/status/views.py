@@ -1,4 +1,4 @@
-"""Values that the status page shows of rooms that `status` does not import. The gateway makes them."""
+"""Values for the status page from packages that `status` does not import. The gateway makes them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ class QueuedMessage:
 
     Attributes:
         next_attempt_seconds: until the next attempt; None if none is scheduled (held).
-        gateways: which attempt it now, where several share the spool; `held_seconds`: since when.
-        last_reply: what was said of a recipient at the last attempt, as redaction allows: "451 4.4.1 No answer".
+        gateways: those that attempt it now, if several share the spool; `held_seconds`: for how long.
+        last_reply: the reply about a recipient at the last attempt, as redaction allows: "451 4.4.1 No answer".
     """
 
     spool_id: str
@@ -58,11 +58,11 @@ class GatewayView:
     """A gateway that shares the queue.
 
     Attributes:
-        id: of its present life: one that was declared dead comes back under another.
+        id: of its incarnation: a gateway that was declared dead returns with another.
         name: its `service.instance.id`.
-        alive_seconds: for how long its deliveries are surely its own; below 0: it is silent, and how long others may
-            have taken them over.
-        delivering: deliveries that it attempts.
+        alive_seconds: for how long its deliveries are certainly its own; negative: since when others may have taken
+            them over.
+        delivering: the number of deliveries that it attempts.
         is_this: it is the one that shows the page.
     """
 
@@ -77,12 +77,12 @@ class GatewayView:
 
 @dataclass(frozen=True, slots=True)
 class DepartureView:
-    """A gateway that shares the queue no longer.
+    """A gateway that no longer shares the queue.
 
     Attributes:
         silent_seconds: for how long it had been silent when another took over; None: it left in order.
-        deliveries: that it had, and that go on elsewhere.
-        found_by: the gateway that took over; "" where it left in order.
+        deliveries: how many it had, which continue elsewhere.
+        found_by: the gateway that took over; "" if it left in order.
     """
 
     id: str
@@ -101,8 +101,8 @@ class QueueView:
         counts: messages by state.
         oldest_age_seconds: None if it is empty.
         messages: the oldest few.
-        gateways: those that share it; none where it is one gateway's own.
-        departures: of these, those that went since this gateway started, the last first; at most 20.
+        gateways: those that share it; empty if it is not shared.
+        departures: gateways that left since this one started, the latest first; at most 20.
     """
 
     counts: Mapping[str, int]

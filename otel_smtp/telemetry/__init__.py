@@ -1,1 +1,1 @@
-"""The only importer of OpenTelemetry: observers that turn what happened into spans, events, metrics and logs."""
+"""The only importer of OpenTelemetry: observers that make spans, events, metrics and logs from records."""

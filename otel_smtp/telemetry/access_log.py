@@ -1,8 +1,8 @@
-"""The access log: a line for each connection, transaction and delivery that is over, and each recipient left out.
+"""The access log: one line for each finished connection, transaction and delivery, and each recipient left out.
 
-Nearly all lines are about mail that went well, and go to handlers of ours. They are made from templates (`span_lines`),
-without a record of `logging`: a fifth of the cost. Everything else goes the general way, by `logging`: lines that a
-filter may leave out, lines about recipients, and all lines where somebody else listens. Both ways give the same octets.
+Nearly all lines are about successful mail, and go to our own handlers. They are made from templates (`span_lines`),
+without a record of `logging`: a fifth of the cost. All other lines go the general way, through `logging`: lines that a
+filter may drop, lines about recipients, and all lines if there are foreign handlers. Both ways give the same octets.
 """
 
 import logging
@@ -28,12 +28,12 @@ from otel_smtp.telemetry.span_lines import (
 
 
 class AccessLog:
-    """A line for each connection, transaction and delivery that is over; give it to tracing.
+    """Writes a line for each finished connection, transaction and delivery; a line sink of tracing.
 
-    So is each recipient that was refused or deferred, or that ended in the spool without the mail.
+    Likewise for each recipient that was refused or deferred, or that ended in the spool without the mail.
 
     Args:
-        logger: where the lines go, in place of the log.
+        logger: takes the lines instead of the log.
     """
 
     __slots__ = ("_logger",)
@@ -42,13 +42,13 @@ class AccessLog:
         self._logger = logger or logging.getLogger(ACCESS)
 
     def is_wanted(self) -> bool:
-        """Whether its lines would be seen: making them costs, and so does what is put in them."""
+        """Whether its lines would be written: making them and their values costs time."""
         return self._logger.isEnabledFor(logging.INFO)
 
     def take_described(
         self, described: Described, context: TraceContext, times: tuple[int, int], told: Sequence[EventRecord]
     ) -> None:
-        """Write the line of a span; "warning" where the gateway, or what it depends on, failed.
+        """Write the line of a span; at "warning" if the gateway, or something it depends on, failed.
 
         Args:
             times: start and end, in nanoseconds since the epoch.
@@ -61,7 +61,7 @@ class AccessLog:
         is_of_mail = True
         if shape.name == names.SPAN_CONNECTION:
             if names.CLOSE_REASON not in shape.constant:
-                return  # a segment is over, the connection is not
+                return  # only a segment has ended
             facts = dict(pairs)
             duration = facts.get(names.CONNECTION_DURATION, duration)  # type: ignore[assignment]  # a float by its name
             is_of_mail = bool(facts[names.CONNECTION_MESSAGES])
@@ -80,7 +80,7 @@ class AccessLog:
         write_line(self._logger, line.level, line.name, end_ns, fields, context)
 
     def take_line(self, line: LineOfSpan) -> bool:
-        """Write the line of a span. False: somebody wants records, which only descriptions make."""
+        """Write the line of a span; False: a handler needs records, which only descriptions make."""
         handlers = self._handlers()
         if handlers is None:
             return False
@@ -88,7 +88,7 @@ class AccessLog:
         return True
 
     def writer_of_mails(self) -> WriteLines | None:
-        """What writes both lines of ordinary mails. None: somebody wants records, which only descriptions make."""
+        """The writer of both lines of ordinary mails; None: a handler needs records, which only descriptions make."""
         handlers = self._handlers()
         return None if handlers is None else partial(self._write_mails, handlers)
 
@@ -107,7 +107,7 @@ class AccessLog:
                 handler.handleError(logging.makeLogRecord({"name": self._logger.name, "msg": name}))
 
     def _handlers(self) -> list[SpanLineHandler] | None:
-        """The handlers of our lines, if each can do without a record; None where one cannot."""
+        """The handlers of our lines, if none needs a record; otherwise None."""
         found = []
         logger: logging.Logger | None = self._logger
         if self._logger.filters or self._logger.disabled:
@@ -123,11 +123,11 @@ class AccessLog:
 
 _WHOSE: Final = (names.CONNECTION_ID, names.TRANSACTION_NUMBER, names.SPOOL_ID, names.MAIL_FROM_DOMAIN,
                  names.MAIL_FROM_ADDRESS, names.DELIVERY_ATTEMPT, names.MESSAGE_KIND)  # fmt: skip
-"""What the line of a recipient says of its mail."""
+"""The attributes of the mail in a recipient's line."""
 
 
 def _recipients(told: Iterable[EventRecord]) -> Mapping[str, tuple[str, ...]]:
-    """The recipients of a transaction that were refused, and deferred, each in one text."""
+    """The refused and the deferred recipients of a transaction, each as one text."""
     texts: dict[str, list[str]] = {names.RCPT_REFUSED: [], names.RCPT_DEFERRED: []}
     for event in told:
         attributes = event.attributes

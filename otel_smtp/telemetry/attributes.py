@@ -1,8 +1,8 @@
-"""Every name of our telemetry: spans, events, attributes, metrics, log fields. The one place where they stand.
+"""Every name of our telemetry: spans, events, attributes, metrics, log fields, defined only here.
 
-Names that OpenTelemetry has registered are used wherever one fits; they are copied as strings, since those that are
-still in development move from module to module of its Python package. Ours begin with ``smtp.``: no convention for
-SMTP exists yet. What a name means never changes; a change is a new name and a new `SCHEMA_VERSION`.
+OpenTelemetry's registered names are used wherever one fits; they are copied as strings, since names in development move
+from module to module of its Python package. Ours begin with ``smtp.``: no convention for SMTP exists yet. A name's
+meaning never changes; a change is a new name and a new `SCHEMA_VERSION`.
 
 deploy/reference/telemetry.md is made by `tables` and compared by a test.
 """
@@ -40,7 +40,7 @@ class Type(StrEnum):
 
 
 class On(StrEnum):
-    """What carries an attribute."""
+    """The carriers of an attribute."""
 
     CONNECTION = "connection span"
     TRANSACTION = "transaction span"
@@ -56,7 +56,7 @@ class On(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """What the tables say of one attribute."""
+    """An attribute's row in the tables."""
 
     name: str
     type: Type
@@ -67,7 +67,7 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class SpanName:
-    """What the tables say of one span."""
+    """A span's row in the tables."""
 
     name: str
     kind: str
@@ -77,7 +77,7 @@ class SpanName:
 
 @dataclass(frozen=True, slots=True)
 class EventName:
-    """What the tables say of one span event."""
+    """A span event's row in the tables."""
 
     name: str
     on: On
@@ -85,11 +85,11 @@ class EventName:
 
 
 class Instrument(StrEnum):
-    """What a metric's values do."""
+    """The kinds of metrics."""
 
     COUNTER = "counter"
     UP_DOWN = "updowncounter"
-    GAUGE = "gauge"  # of what does not add up
+    GAUGE = "gauge"  # for values that do not add up
     HISTOGRAM = "histogram"
 
 
@@ -675,7 +675,7 @@ LINK_TYPE: Final = _attribute(
 
 
 class LinkType(StrEnum):
-    """Where a link leads: the value of `LINK_TYPE`."""
+    """The target of a link: the value of `LINK_TYPE`."""
 
     CONNECTION = "connection"
     APPLICATION = "application"

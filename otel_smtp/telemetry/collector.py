@@ -1,8 +1,8 @@
-"""The collector: how a batch reaches it over http/protobuf or grpc, and what its answer means.
+"""The collector: sending batches over http/protobuf or grpc, and interpreting the answers.
 
-A collector is somebody else's program at the end of a network. Its answer may never come, never end, be nonsense, or
-redirect us. So an answer is bounded in octets, in pieces and in time, redirects are not followed (they would take the
-operator's headers, and with them a key, to another host), and of an unreadable answer only the status counts.
+A collector is a foreign program behind a network. Its answer may never come, never end, be nonsense, or redirect us. So
+an answer is bounded in octets, pieces and time, redirects are not followed (they would send the operator's headers,
+perhaps with a key, to another host), and of an unreadable answer only the status counts.
 
 A collector's constructor imports its library. The exporting thread calls it: relaying mail needs neither library.
 """
@@ -110,7 +110,7 @@ class CollectorSettings:
 
 
 class BatchOutcome(Enum):
-    """What became of a batch."""
+    """The outcome of a batch."""
 
     TAKEN = auto()
     AGAIN = auto()  # not taken; a retry may succeed
@@ -118,13 +118,13 @@ class BatchOutcome(Enum):
 
 
 class CollectorAnswer(NamedTuple):
-    """A collector's answer, or what happened instead of one.
+    """A collector's answer, or the failure in its place.
 
     Attributes:
-        why: in words, for the log; "" if everything was taken.
+        why: in words, for the log; "" if everything was accepted.
         status: what the collector answered with: an HTTP status, or the name of a gRPC code; "" if it did not.
         retry_after_seconds: the delay that the collector asked for; None if it asked for none.
-        rejected: number of spans, data points or log records that were not taken out of a batch that was.
+        rejected: how many spans, data points or log records of an accepted batch were rejected.
     """
 
     verdict: BatchOutcome
@@ -138,8 +138,7 @@ class Collector(Interface):
     """Takes batches; belongs to one thread."""
 
     def send(self, request: Sequence[bytes], timeout_seconds: float) -> CollectorAnswer:
-        """Send an encoded request, which is there in parts, and wait for the answer. A network failure is an answer and
-        never raised."""
+        """Send an encoded request, in parts, and wait for the answer. A network failure is an answer, never raised."""
         ...
 
     def close(self) -> None:
@@ -256,7 +255,8 @@ class GrpcCollector:
         except self._rpc_error as error:
             answer = self._failed(error, timeout_seconds)
             if answer.status == _NO_ANSWER:
-                # A connection that a firewall has forgotten would else be found out after a quarter of an hour.
+                # Otherwise a connection dropped silently by a firewall would be noticed only after a quarter of an
+                # hour.
                 self.close()
             return answer
         return _taken(reply)
@@ -272,7 +272,7 @@ class GrpcCollector:
 
     @staticmethod
     def _failed(error: "grpc.RpcError", timeout_seconds: float) -> CollectorAnswer:
-        # The error that a call raises is also the call, which knows how it ended.
+        # The raised error is also the call, which has its status.
         code: str = error.code().name
         details = [one.value for one in error.trailing_metadata() or () if one.key == "grpc-status-details-bin"]
         delay = _retry_delay(details[0]) if details else None
@@ -337,12 +337,12 @@ def _pieces(request: Sequence[bytes]) -> Iterator[bytes]:
 
 
 def _bounded(response: "httpx.Response") -> bytes:
-    """The reply's body, as far as it is read: each of its chunks costs as much as a read."""
+    """The reply's body, up to a bound: each of its chunks costs as much as a read."""
     return b"".join(islice(response.iter_raw(), MAX_REPLY_PIECES))
 
 
 def _taken(reply: bytes) -> CollectorAnswer:
-    """The answer in a successful reply: all taken, or not all (OTLP, "Partial Success").
+    """The answer in a successful reply: all or part accepted (OTLP, "Partial Success").
 
     The replies of all signals have the same fields under different names.
     """

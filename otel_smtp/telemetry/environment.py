@@ -1,18 +1,18 @@
-"""What the OTEL_* variables ask for. They are read here and nowhere else.
+"""The OTEL_* variables, read here and nowhere else.
 
-`read` returns all of it as values: the set-up makes exporters of them, `check --connect` tries them, and the ready line
+`read` returns them as values: the set-up makes exporters from them, `check --connect` tries them, and the ready line
 describes them. Names, defaults and meaning are the Python SDK's: timeouts of OTLP are seconds
 (OTEL_EXPORTER_OTLP_TIMEOUT), those of batches milliseconds (OTEL_BSP_*, OTEL_BLRP_*). Without an endpoint nothing is
 dialled: exporting to localhost by default would fill logs.
 
-Operators set these variables for whole clusters, so none of them may stop mail. A value that cannot be used is a
-`VariableProblem`, and the variable counts as unset, as the specification says ("Environment Variable Specification",
+Operators set these variables for whole clusters, so none of them may stop mail. An unusable value is a
+`VariableProblem`, and the variable counts as unset, as the specification demands ("Environment Variable Specification",
 "Parsing Empty Value" to "Enum"): `serve` warns about it, `check` refuses it. A problem never shows what may be a
 credential.
 
-The resource's variables, OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, are read by the SDK's detectors; whether they
-can be is looked at here. The limits of spans and attributes are looked at too, but ours are fixed and lower than the
-SDK's for everything but events, of which none is left out.
+The resource's variables, OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, are read by the SDK's detectors; this module
+checks them. It also checks the limits of spans and attributes, but ours are fixed, and lower than the SDK's for
+everything except events, of which none is left out.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ _DELAY_MILLISECONDS: Final = {Signal.TRACES: 5000, Signal.LOGS: 1000}
 _METRICS_INTERVAL_MILLISECONDS: Final = 60_000
 _METRICS_TIMEOUT_MILLISECONDS: Final = 30_000
 _DEFAULT_BATCHES: Final = BatchSettings()
-# Plug-ins by which the SDK's exporter authenticates (a cloud's identity). Only that exporter can use them.
+# Plug-ins for the SDK's exporter to authenticate (a cloud's identity). Only that exporter can use them.
 _CREDENTIAL_PROVIDERS: Final = (
     "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
     "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
@@ -126,11 +126,13 @@ _LOG_LEVELS: Final[Mapping[str, int]] = {
 
 
 class Temporality(StrEnum):
-    """OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE: which sums are since the start, and which since the last."""
+    """OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE: which sums count from the start, and which from the last
+    export.
+    """
 
     CUMULATIVE = "cumulative"
     DELTA = "delta"  # counters and histograms
-    LOW_MEMORY = "lowmemory"  # the same, but for what is only read
+    LOW_MEMORY = "lowmemory"  # the same, except for observed values
 
 
 class ExemplarFilter(StrEnum):
@@ -143,11 +145,11 @@ class ExemplarFilter(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VariableProblem:
-    """A variable whose value cannot be used, and that counts as unset therefore.
+    """A variable with an unusable value, which therefore counts as unset.
 
     Attributes:
-        value: as it was set; "" where it may hold a credential.
-        allowed: what could be used, in words.
+        value: as it was set; "" if it may hold a credential.
+        allowed: the usable values, in words.
     """
 
     variable: str
@@ -160,13 +162,13 @@ class VariableProblem:
 
 @dataclass(frozen=True, slots=True)
 class SignalExport:
-    """Where one signal goes.
+    """The destinations of one signal.
 
     Attributes:
         to_console: written to standard output.
-        collector: where our own exporter sends it; None: nowhere.
-        batches: how spans or log records wait and travel there; for metrics its `request_seconds` alone counts.
-        sdk_collectors: where the SDK's exporters send it, which read the variables for themselves.
+        collector: the target of our own exporter, if any.
+        batches: the batching of spans or log records; for metrics only its `request_seconds` counts.
+        sdk_collectors: the targets of the SDK's exporters, which read the variables themselves.
     """
 
     to_console: bool = False
@@ -188,7 +190,7 @@ class Environment:
         is_disabled: nothing is traced or exported (OTEL_SDK_DISABLED).
         metrics_interval_seconds: between two exports of metrics.
         sdk_log_level: of the SDK's own loggers (OTEL_LOG_LEVEL); None: theirs.
-        problems: the variables that cannot be used, each once.
+        problems: the unusable variables, each once.
     """
 
     is_disabled: bool = False
@@ -208,7 +210,7 @@ class Environment:
         return tuple(collector for one in (self.traces, self.metrics, self.logs) for collector in one.collectors)
 
     def describe_traces(self) -> str:
-        """Where traces go, in a few words and without credentials: for the ready line."""
+        """The destination of traces, in a few words and without credentials, for the ready line."""
         if self.is_disabled:
             return "nowhere (OTEL_SDK_DISABLED)"
         targets = ["console"] if self.traces.to_console else []
@@ -217,7 +219,7 @@ class Environment:
 
 
 def read(environ: Mapping[str, str] | None = None, version: str = "") -> Environment:
-    """Read the variables. Raises nothing: what cannot be used is in `problems`.
+    """Read the variables. Never raises: unusable ones are in `problems`.
 
     Args:
         environ: None: that of this process.
@@ -232,13 +234,13 @@ def own_instance_id(worker: int | None = None) -> str:
 
 
 def own_resource(worker: int | None = None, *, version: str = "") -> Resource:
-    """Our identity: what the SDK's detectors find, the host and the process.
+    """Our identity: the SDK's detectors' findings, the host and the process.
 
     The service is `otel-smtp` if nothing names it.
 
     Args:
-        worker: the number of this worker, where there are several: one id that is given for all of them would make one
-            instance of them, whose metrics overwrite one another.
+        worker: the number of this worker among several: with one configured id for all, their metrics would overwrite
+            each other.
         version: of this program; "": it is left out.
     """
     given = OTELResourceDetector().detect().attributes
@@ -262,9 +264,9 @@ def _text(value: T) -> T:
 
 @contextlib.contextmanager
 def without(problems: Iterable[VariableProblem]) -> Iterator[None]:
-    """Take variables that cannot be used out of the process's environment, and put them back afterwards.
+    """Hide unusable variables of the process's environment inside the context.
 
-    For the SDK's exporters, which read it for themselves and raise at some values. Lists and files stay.
+    For the SDK's exporters, which read it themselves and raise at some values. Lists and files stay.
     """
     names = {problem.variable for problem in problems if not problem.variable.endswith(_KEPT)}
     taken = {name: os.environ.pop(name) for name in names & os.environ.keys()}
@@ -275,7 +277,7 @@ def without(problems: Iterable[VariableProblem]) -> Iterator[None]:
 
 
 class _Reading:
-    """One reading of the variables, with the problems that it meets."""
+    """One reading of the variables, with the problems found."""
 
     def __init__(self, environ: Mapping[str, str], version: str) -> None:
         self._environ = environ
@@ -353,7 +355,7 @@ class _Reading:
         return default
 
     def _look_at_the_rest(self) -> None:
-        """Look at variables that change nothing here, or that others read."""
+        """Check variables that have no effect here, or that other code reads."""
         for variable in _LIMITS:
             value = self._value(variable)
             if value and not (value.isascii() and value.isdecimal()):
@@ -407,7 +409,7 @@ class _Reading:
         )
 
     def _exporters(self, signal: Signal, protocol: Protocol) -> Sequence[str]:
-        """The exporters that OTEL_<signal>_EXPORTER lists; otlp if it names none and there is an endpoint."""
+        """The exporters in OTEL_<signal>_EXPORTER; otlp if it names none and there is an endpoint."""
         variable = f"OTEL_{signal.upper()}_EXPORTER"
         value = self._value(variable)
         exporters = [part.strip().lower() for part in value.split(",") if part.strip()]
@@ -472,7 +474,7 @@ class _Reading:
         return next((one for one in chosen if one is not None), Protocol.HTTP)
 
     def _file(self, signal: Signal, what: str) -> str:
-        """The path that the variable names, also where there is no such file: it is looked for at each connection."""
+        """The path in the variable, even if there is no such file: each connection looks for it."""
         paths = {variable: self._value(variable) for variable in _both(signal, what)}
         for variable, path in paths.items():
             if path and not (os.path.isfile(path) and os.access(path, os.R_OK)):
@@ -512,7 +514,7 @@ class _Reading:
         return next((one for one in chosen if one is not None), Compression.NONE)
 
     def _endpoint(self, signal: Signal, protocol: Protocol) -> tuple[str, str]:
-        """The variable that names the collector, and its value; "" where none does."""
+        """The variable that names the collector, and its value; "" if none does."""
         found: list[tuple[str, str]] = []
         for variable in _both(signal, "ENDPOINT"):
             value = self._value(variable)
@@ -557,5 +559,5 @@ def _is_endpoint(value: str, protocol: Protocol) -> bool:
 
 
 def _without_credentials(value: str) -> str:
-    """An endpoint that is no URL, for people: what stands before its host or in its query may be a secret."""
+    """An endpoint that is no URL, for people: the part before its host, or its query, may be a secret."""
     return value.rpartition("@")[2].partition("?")[0]

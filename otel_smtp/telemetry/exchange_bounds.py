@@ -1,12 +1,12 @@
 """Bounds on a whole exchange, for a blocking HTTP client whose timeouts are per read and per write.
 
-A peer that sends one octet every nine seconds never runs into a timeout of ten: it can keep a thread without end with a
-status line or a header. Nothing in the thread that waits can end that. So a second thread shuts the connection down
-when the time is over; the one that waits sees a connection that was lost.
+A peer that sends one octet every nine seconds never hits a timeout of ten: a status line or a header can occupy a
+thread forever. The waiting thread cannot end that. So a second thread shuts the connection down at the deadline; the
+waiting one sees a lost connection.
 
-One that floods us within its time costs more: interim answers, headers or chunks without end are parsed by a thread
-that mail shares the interpreter with. So what is read of an answer is bounded in octets and in pieces, wherever the
-library is in it.
+A peer that floods us within its time costs more: endless interim answers, headers or chunks are parsed by a thread that
+shares the interpreter with mail. So the octets and pieces read of an answer are bounded, whatever part of it the
+library is reading.
 
 The client reports its connection through the `trace` extension of httpx. The watch keeps a descriptor of its own for
 it, as TLS detaches the first one.
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 MAX_REPLY_OCTETS: Final = 64 * 1024  # head and body; a count and a line of text are a hundred octets
-# An answer comes in two or three: over a poor network in one for each segment, of at least 536 octets.
+# An answer comes in two or three pieces; over a poor network, in one per segment of at least 536 octets.
 MAX_REPLY_PIECES: Final = 256
 
 _CONNECTED: Final = "connection.connect_tcp.complete"
@@ -31,12 +31,12 @@ _Read = Callable[[int, float | None], bytes]
 
 
 class AnswerTooLong(OSError):
-    """An answer is longer than one that is read, or comes in more pieces."""
+    """An answer exceeds the bounds on octets or pieces."""
 
 
 class ExchangeBounds:
-    """Shuts a connection down when the time for an exchange over it is over, and ends an answer that is too long. For
-    one exchange at a time.
+    """Shuts a connection down at an exchange's deadline, and ends an answer that is too long. For one exchange at a
+    time.
 
     Its thread starts with the first exchange and sleeps until a deadline that it knows; exchanges that end in time cost
     a few assignments, and no wake-up.
@@ -59,7 +59,7 @@ class ExchangeBounds:
 
     @contextlib.contextmanager
     def over_exchange(self, at: float) -> Iterator[None]:
-        """Cut off what happens on the connection meanwhile, at `at` by the monotonic clock.
+        """Cut the exchange inside off at `at`, by the monotonic clock.
 
         Connections that are made meanwhile count, if their `trace` extension is `note`. What is read of their answer
         beyond the bounds raises `AnswerTooLong`.

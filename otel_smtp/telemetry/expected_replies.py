@@ -1,8 +1,7 @@
-"""The replies that are counted from the start, with 0.
+"""The replies whose counts start at 0.
 
-A counter that is born with 1 hides its first one from `increase()`. Per verb, these are the codes that RFC 5321 4.3.2
-and the extensions have for it, as far as the gateway gives them itself or passes them on. An upstream may say others;
-they are counted from when it does.
+A counter that starts at 1 hides its first event from `increase()`. Per verb, these are the codes of RFC 5321 4.3.2 and
+the extensions that the gateway sends or passes on. Other codes of an upstream are counted from their first occurrence.
 """
 
 from collections.abc import Mapping, Sequence

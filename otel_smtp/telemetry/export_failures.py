@@ -1,7 +1,7 @@
-"""Why a request to a collector failed, in the words that an operator needs: "connection refused", not "ConnectError".
+"""Why a request to a collector failed, in words for operators: "connection refused", not "ConnectError".
 
-The HTTP client wraps the errors of the operating system and of TLS in classes of its own; what happened stands at the
-end of the chain of causes. gRPC writes sentences for its own developers; a part of each is what an operator wants.
+The HTTP client wraps the errors of the operating system and of TLS in its own classes; the real error is at the end of
+the chain of causes. gRPC writes sentences for its own developers; an operator needs a part of each.
 """
 
 import os
@@ -24,7 +24,7 @@ _GRPC_LATE: Final = "Deadline Exceeded"
 
 
 def no_answer_within(seconds: float) -> str:
-    """The reason of a request whose time is over."""
+    """The reason for a timeout of a request."""
     return f"no answer within {seconds:.3g} s"
 
 

@@ -70,14 +70,14 @@ class DropReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BatchSettings:
-    """How spans wait and travel together.
+    """Settings for batching spans.
 
     Attributes:
-        queue_spans: so many wait; what comes then is lost.
-        batch_spans: so many go in one request, at most.
-        delay_seconds: so long a span waits for others.
-        export_seconds: so long a batch is tried, with all its retries.
-        request_seconds: so long one request may take.
+        queue_spans: the most that wait; later ones are lost.
+        batch_spans: the most in one request.
+        delay_seconds: how long a span waits for others.
+        export_seconds: how long a batch is tried, with all its retries.
+        request_seconds: how long one request may take.
         first_backoff_seconds: before the first retry, doubled with each.
     """
 
@@ -90,7 +90,7 @@ class BatchSettings:
 
     @property
     def queue_octets(self) -> int:
-        """So many wait, encoded."""
+        """The most octets of encoded spans that wait."""
         return max(self.queue_spans * QUEUE_OCTETS_A_SPAN, LEAST_QUEUE_OCTETS)
 
 

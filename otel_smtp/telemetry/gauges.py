@@ -1,4 +1,4 @@
-"""What gauges are read from when the metrics are requested: functions that the gateway provides."""
+"""The gateway's functions from which gauges are read when the metrics are requested."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -14,10 +14,10 @@ SpoolCounts = Callable[[], tuple[Mapping[str, int], float, int] | None]
 
 
 class SharedQueue(NamedTuple):
-    """How this gateway fares with a queue that several share.
+    """This gateway's part in a shared queue.
 
     Attributes:
-        tells_messages: it reports the messages for all: counts of one queue would add up.
+        tells_messages: it reports the messages for all, since the counts of several reporters would add up.
         gateways, away_seconds, taken_over, stale, unanswered: see the registry.
     """
 

@@ -1,8 +1,8 @@
-"""Sampling by outcome: what is kept although the sampler dropped it.
+"""Sampling by outcome: keeps mails although the sampler dropped them.
 
-A sampler decides before anything has happened. Our spans are made when they end, so what went wrong, or took long, can
-be kept all the same, with its attempts and its connection's segment: of few mails, all that matters. What clients do
-wrong (scanners) keeps nothing.
+A sampler decides before anything has happened. Our spans are made when they end, so failed or slow mails can be kept
+all the same, with their attempts and their connection's segment: everything important, for few mails. Clients' faults
+(scanners) keep nothing.
 """
 
 import time
@@ -27,12 +27,12 @@ class Keep(StrEnum):
 
 
 class Keeping:
-    """Decides what is kept, within a rate; counts what is beyond.
+    """Decides what to keep, within a rate; counts the rest.
 
     Args:
-        reasons: those that count.
-        slow_seconds: what takes longer is slow.
-        per_second: at most so many transactions and attempts from the spool, with as many at once.
+        reasons: the reasons for keeping.
+        slow_seconds: longer mails are slow.
+        per_second: the most transactions and attempts from the spool, with a burst of as many.
         monotonic: a clock, in seconds.
     """
 
@@ -54,7 +54,7 @@ class Keeping:
         self._beyond = 0
 
     def transaction(self, record: TransactionRecord) -> Keep | None:
-        """Why a transaction is kept; None: it is not."""
+        """Why to keep a transaction; None: drop it."""
         reply, duration_ns = record.reply, record.ended_ns - record.begun_ns
         is_error = (
             record.refused_count > 0
@@ -70,7 +70,7 @@ class Keeping:
         return self._decide(duration_ns, is_error=is_error) if is_error or duration_ns > self._slow_ns else None
 
     def attempt(self, record: DeliveryRecord) -> Keep | None:
-        """Why an attempt from the spool is kept; None: it is not."""
+        """Why to keep an attempt from the spool; None: drop it."""
         return self._decide(record.ended_ns - record.begun_ns, is_error=_has_failed(record) or bool(record.refused))
 
     def failure(self) -> Keep | None:
@@ -78,7 +78,7 @@ class Keeping:
         return self._decide(0, is_error=True)
 
     def dropped(self) -> list[tuple[str, str, int]]:
-        """What was beyond the rate, as the metrics want it: signal, reason, how many."""
+        """The number beyond the rate, for metrics: signal, reason, how many."""
         return [(Signal.TRACES.value, DropReason.KEEP_RATE.value, self._beyond)]
 
     def _decide(self, duration_ns: int, *, is_error: bool) -> Keep | None:

@@ -1,4 +1,4 @@
-"""Where log lines leave the process: whole lines, in few writes, without ever waiting for their reader.
+"""The output of log lines: whole lines, in few writes, without ever waiting for their reader.
 
 Theory of operation
 -------------------
@@ -45,7 +45,7 @@ OnLost = Callable[[int], None]
 
 
 class LineOutput(Protocol):
-    """Takes lines, each with its end."""
+    """Takes lines, each with its line end."""
 
     def add(self, line: str) -> None:
         """Write a line soon. On the event loop."""
@@ -64,7 +64,7 @@ class LineOutput(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up what the output has of its own, without waiting for anybody: flush before."""
+        """Release the output's own resources, without waiting: flush before."""
         ...
 
 
@@ -79,7 +79,7 @@ def line_output(stream: TextIO, on_lost: OnLost) -> LineOutput:
 
 
 class Console:
-    """Standard output, as far as a library's exporter needs it: nothing that is written to it waits for its reader."""
+    """Standard output for a library's exporter: writing never waits for the reader."""
 
     def __init__(self) -> None:
         self._output = line_output(sys.stdout, _say_lost_on_console)
@@ -105,7 +105,7 @@ def _say_lost_on_console(lines: int) -> None:
 
 
 class StreamOutput:
-    """Lines to a stream that is no file of the system's: each at once."""
+    """Lines to a stream without a file descriptor, each written at once."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -137,7 +137,7 @@ class DescriptorOutput:
 
     Args:
         descriptor: its owner keeps it open.
-        held_octets: so many wait for a reader that is slow.
+        held_octets: the most octets that wait for a slow reader.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class DescriptorOutput:
             self._pass_on()
 
     def flush(self) -> None:
-        """Write what waits; a reader that has stopped is given up after `FLUSH_SECONDS`."""
+        """Write waiting lines; gives a stopped reader up after `FLUSH_SECONDS`."""
         ends = time.monotonic() + FLUSH_SECONDS
         with self._lock:
             self._pass_on()
@@ -301,7 +301,7 @@ class DescriptorOutput:
 
 
 def _never_waiting(descriptor: int) -> tuple[Callable[[bytes], int] | None, Callable[[], None]]:
-    """What writes without waiting, and what closes that; None where nothing does."""
+    """A function that writes without waiting, and one that closes it; None if there is none."""
 
     def nothing() -> None:
         pass

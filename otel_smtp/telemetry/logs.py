@@ -1,16 +1,15 @@
 """Log lines: one event, one line, as JSON for machines or as text for people, with trace and span id.
 
-Of a mail, people get one line in all (`terminal_log`), machines one for each span.
+People get one line per mail (`terminal_log`), machines one per span.
 
-Code that logs uses the standard library's `logging`, a constant text and values in `extra`. Here is how a
-line comes out of that. Lines of telemetry's own are those of the access log (`access_log`), a line for each connection,
-transaction and delivery that is over, and of `StateLogger`, a line for each state transition where those are wanted.
+Code that logs uses the standard library's `logging`, a constant text and values in `extra`. This module makes lines
+from them. Lines of telemetry's own are those of the access log (`access_log`), a line for each connection, transaction
+and delivery that is over, and of `StateLogger`, a line for each state transition where those are wanted.
 
-Any client that can connect can cause lines, one for each refused connection: `FloodGate` bounds that. Lines of mail
-are never left out.
+Any client can cause lines, one for each refused connection: `FloodGate` bounds these. Lines of mail are never left out.
 
-A line holds nothing that a peer could forge it with: JSON escapes what is not printable ASCII, text is cleaned. Lines
-of telemetry carry the attributes of the span, so what `redaction` keeps back stays back here too.
+No peer can forge a line: JSON escapes all but printable ASCII, text is cleaned. Lines of telemetry carry the attributes
+of the span, so `redaction` applies to them too.
 """
 
 import contextlib
@@ -38,14 +37,14 @@ logger: Final = logging.getLogger("otel_smtp.telemetry.logs")
 ROOT: Final = "otel_smtp"
 ACCESS: Final = "otel_smtp.access"
 STATES: Final = "otel_smtp.state"
-SPOOL: Final = "otel_smtp.spool."  # each line is about one message: its end, or what became of it
+SPOOL: Final = "otel_smtp.spool."  # each line is about one message
 
 # On records of ours: when it happened, in nanoseconds since the epoch. Never in a line, which has `timestamp`.
 EVENT_TIME_NS: Final = "event_time_ns"
 # Likewise: those of the span's context (W3C trace-flags).
 TRACE_FLAGS: Final = "trace_flags"
 
-# What every record has: all else came by `extra`.
+# The attributes of every record: all others came by `extra`.
 _STANDARD: Final = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__dict__) | {
     "message",
     "asctime",
@@ -62,7 +61,7 @@ _MAX_TEXT_CHARACTERS: Final = 1024
 
 
 class LogFormat(StrEnum):
-    """How lines look."""
+    """The format of lines."""
 
     AUTO = "auto"  # text on a terminal, JSON else
     JSON = "json"
@@ -70,14 +69,14 @@ class LogFormat(StrEnum):
 
 
 def set_up_logging(format_: str, level: str, stream: TextIO, *, colors: bool | None = None) -> None:
-    """Send all log lines of the process to `stream`, in one shape.
+    """Send all log lines of the process to `stream`, in one format.
 
-    Libraries are heard from "warning" on. Calling it again replaces what the call before set up.
+    Libraries' lines are logged from "warning" on. Calling it again replaces the earlier set-up.
 
     Args:
         format_: auto, json or text.
-        level: debug, info, warning, error or critical, for what is ours.
-        colors: of text; None: where `stream` is a terminal.
+        level: debug, info, warning, error or critical, for our own lines.
+        colors: in text; None: if `stream` is a terminal.
 
     Raises:
         ValueError: one of them is none of these.
@@ -99,7 +98,7 @@ def set_up_logging(format_: str, level: str, stream: TextIO, *, colors: bool | N
 
 
 def set_log_level(level: str) -> None:
-    """Log what is ours from `level` on: debug, info, warning, error or critical."""
+    """Log our own lines from `level` on: debug, info, warning, error or critical."""
     logging.getLogger(ROOT).setLevel(level.upper())
 
 
@@ -124,16 +123,16 @@ class LineHandler(SafeHandler):
             self.handleError(record)
 
     def say_plainly(self, line: str) -> None:
-        """Write a line as it is."""
+        """Write a line unchanged."""
         with contextlib.suppress(Exception):  # then nobody can be told
             self._output.write(line + "\n")
 
     def flush(self) -> None:
-        """Write what waits, without waiting long for the reader."""
+        """Write waiting lines, without waiting long for the reader."""
         self._output.flush()
 
     def close(self) -> None:
-        """Release what the output has of its own; flush before."""
+        """Release the output's own resources; flush before."""
         self._output.close()
         super().close()
 
@@ -239,10 +238,10 @@ class TextRenderer:
 
 
 class LineFormatter(logging.Formatter):
-    """Makes the fields of a line out of a record, and a line out of them.
+    """Makes a line's fields from a record, and the line from these.
 
-    structlog's own formatter for records of the standard library copies each record and runs a chain of processors; at
-    three lines a mail that is felt (34 us a line against 22).
+    structlog's own formatter for records of the standard library copies each record and runs a chain of processors,
+    which matters with three lines per mail (34 us per line against 22).
     """
 
     def __init__(self, render: JsonRenderer | TextRenderer) -> None:
@@ -266,12 +265,12 @@ class LineFormatter(logging.Formatter):
 
 
 def extra_of(record: logging.LogRecord) -> dict[str, Any]:
-    """What came by `extra`."""
+    """The values from `extra`."""
     return {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
 
 
 def exception_of(record: logging.LogRecord) -> str:
-    """The traceback of a record, the end of it if it is long; "" where it has none."""
+    """The traceback of a record, only the end of a long one; "" without one."""
     if not record.exc_info:
         return ""
     return "".join(traceback.format_exception(*record.exc_info)).rstrip("\n")[-_MAX_TRACEBACK_CHARACTERS:]

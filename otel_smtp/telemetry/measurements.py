@@ -1,4 +1,4 @@
-"""Counts and measurements by label values: what counters, gauges and histograms are kept in.
+"""Counts and measurements by label values: the storage of counters, gauges and histograms.
 
 No library is called for them: a count is an addition in a dict, a measurement one bisection.
 """
@@ -64,7 +64,7 @@ class Buckets:
                 self.add(value, context, unix_ns)
             return
         places = self.add_all([*values])
-        # The latest of each bucket: of so many there, one is among the last few.
+        # The latest of each bucket: with this many, one is among the last few.
         bounds, latest = self._bounds, self._latest
         for at in range(len(values) - 1, -1, -1):
             value = values[at]
@@ -122,7 +122,7 @@ class _Series(dict[Labels, Buckets]):
 
 
 class Measurements:
-    """A histogram: for each combination of label values, how many fell between which bounds."""
+    """A histogram: for each combination of label values, the counts per bucket."""
 
     __slots__ = ("metric", "series")
 

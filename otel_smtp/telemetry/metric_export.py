@@ -35,7 +35,7 @@ logger: Final = logging.getLogger("otel_smtp.telemetry.metric_export")
 
 
 class _Delta:
-    """What has been exported of the metrics whose sums are since the last export.
+    """The exported part of metrics whose sums count from the last export.
 
     A reading is `settle`d when its export was not a failure; until then the next one begins where it did.
     """
@@ -53,12 +53,12 @@ class _Delta:
         self._read_numbers, self._read_histograms = {}, {}
 
     def number(self, metric: Metric, labels: Labels, value: float) -> float:
-        """What has come to a counter since."""
+        """A counter's increase since then."""
         self._read_numbers[metric.name, labels] = value
         return value - self._numbers.get((metric.name, labels), 0)
 
     def histogram(self, metric: Metric, labels: Labels, counts: list[int], total: float) -> tuple[list[int], float]:
-        """What has come to a histogram's buckets, and to its sum, since."""
+        """The increase of a histogram's buckets and sum since then."""
         key = metric.name, labels
         self._read_histograms[key] = counts, total
         before, total_before = self._histograms.get(key, ([0] * len(counts), 0.0))
@@ -74,7 +74,7 @@ class MetricsReading:
 
     Args:
         resource, version: those of the spans.
-        temporality: which sums begin with the last reading that was settled.
+        temporality: which sums begin from the last settled reading.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class MetricsReading:
         self._delta = _Delta(self._start_ns)
 
     def settle(self) -> None:
-        """The latest reading is exported, or lost for good: delta sums begin at it from now on."""
+        """The latest reading has been exported, or is lost: delta sums begin from it."""
         self._delta.settle()
 
     def read(self) -> "MetricsData":

@@ -1,4 +1,4 @@
-"""The metrics as Prometheus text, or OpenMetrics, with exemplars that name a trace; made when somebody asks."""
+"""The metrics as Prometheus text, or OpenMetrics, with exemplars that name a trace; made on request."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
@@ -25,7 +25,7 @@ _UNITS: Final[Mapping[str, str]] = {"s": "seconds", "By": "bytes"}
 
 
 class MetricsPage:
-    """What a scraper reads: the gateway's metrics, and those of its process."""
+    """The page for scrapers: the gateway's metrics, and those of its process."""
 
     def __init__(self, metrics: "Metrics") -> None:
         self._metrics = metrics
@@ -44,7 +44,7 @@ class MetricsPage:
         return page, content_type
 
     def collect(self) -> Iterator[MetricFamily]:
-        """Everything as of the latest `catch_up`, as prometheus_client wants it of a collector."""
+        """All metrics as of the latest `catch_up`, for prometheus_client."""
         metrics = self._metrics
         if metrics.resource:
             yield InfoMetricFamily("target", "The resource that is measured, as in all telemetry", metrics.resource)

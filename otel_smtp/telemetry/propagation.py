@@ -1,8 +1,8 @@
-"""Trace context in and out of mail: which is trusted, and how it is written (W3C Trace Context, level 2).
+"""Trace context in and out of mail: trust, parsing and writing (W3C Trace Context, level 2).
 
-A message's header block is written by its sender. A stranger who is trusted can attach mails to a trace of his
-choice, switch tracing off by a flag, or pass 8 KiB of `tracestate` through us. So whose context becomes a parent is a
-policy of the listener, `tracestate` is dropped unless its sender is trusted, and baggage is not read at all.
+The sender writes a message's header block. A trusted stranger could attach mails to any trace, switch tracing off by a
+flag, or pass 8 KiB of `tracestate` through us. So the listener's policy decides whose context becomes a parent,
+`tracestate` is dropped unless its sender is trusted, and baggage is not read at all.
 """
 
 import ipaddress
@@ -34,7 +34,7 @@ _MAX_TRACESTATE_MEMBERS: Final = 32
 
 
 class TraceContext(NamedTuple):
-    """A span's identity, ours or somebody's: what a traceparent says."""
+    """A span's identity, ours or foreign: the content of a traceparent."""
 
     trace_id: int
     span_id: int
@@ -57,7 +57,7 @@ _context: Final = partial(tuple.__new__, TraceContext)  # the constructor of a n
 
 
 class InboundPolicy(StrEnum):
-    """What a listener makes of a message's trace context."""
+    """A listener's policy for a message's trace context."""
 
     AUTO = "auto"  # parent for loopback and authenticated clients, link else
     PARENT = "parent"  # the transaction joins the application's trace
@@ -69,7 +69,7 @@ def decide(policy: InboundPolicy, *, client: str, is_local: bool, is_authenticat
     """What `policy` means for one client; never AUTO.
 
     Args:
-        client: its IP address, behind a believed PROXY header the one that it names.
+        client: its IP address, from a trusted PROXY header if there is one.
         is_local: it came over a unix socket.
     """
     if policy is not InboundPolicy.AUTO:
@@ -89,7 +89,7 @@ def is_loopback(host: str) -> bool:
 
 
 def parse(headers: TraceHeaders, *, with_state: bool) -> TraceContext | None:
-    """The context that a header block carries; None where there is none, or two, or one that is not well formed.
+    """The context of a header block; None if it has none, two, or a malformed one.
 
     Args:
         with_state: take `tracestate` too: for trusted senders only.
@@ -129,10 +129,10 @@ def checked_tracestate(text: str) -> str:
 
 
 class Carrier(dict[str, str]):
-    """A context as header fields. While this process has the message to which it belongs, nobody need parse it.
+    """A context as header fields, which need not be parsed while this process has their message.
 
     Attributes:
-        context: whose fields these are.
+        context: the one in these fields.
     """
 
     __slots__ = ("context",)

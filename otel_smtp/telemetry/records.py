@@ -1,4 +1,4 @@
-"""Finished spans and log records as plain values, and the interfaces that take them.
+"""Finished spans and log records as plain values, and the interfaces of their sinks.
 
 A span is never a live object here. Most finished spans exist as octets only (`shapes.EncodedSpan`); a `SpanRecord` is
 made for those who want to read one: the log, the SDK's processors, the status page.
@@ -29,7 +29,7 @@ class LinkRecord(NamedTuple):
 
 
 class SpanRecord(NamedTuple):
-    """A span that is over.
+    """A finished span.
 
     Attributes:
         is_recording: its trace is sampled (or recorded all the same by the sampler's wish). Records that are not are
@@ -53,12 +53,12 @@ class SpanRecord(NamedTuple):
 
     @property
     def duration_seconds(self) -> float:
-        """How long it lasted."""
+        """Its duration."""
         return (self.end_ns - self.start_ns) / 1e9
 
 
 class SpanSink(Protocol):
-    """Takes spans that are over, decoded; called on the event loop, so it neither blocks nor raises."""
+    """Takes finished, decoded spans; called on the event loop, so it must neither block nor raise."""
 
     def take(self, record: SpanRecord) -> None:
         """Take one span."""
@@ -78,7 +78,7 @@ class LogRecord(NamedTuple):
 
     Attributes:
         severity: from 1 to 24.
-        event_name: "" for what is no event.
+        event_name: "" for a record that is no event.
         trace_id, span_id: 16 and 8 octets, or none.
         flags: of the span's context (W3C trace-flags).
     """

@@ -1,4 +1,4 @@
-"""What of a person may be shown: one family of functions for spans, events, logs and metrics alike.
+"""Redaction of personal data: the same functions for spans, events, logs and metrics.
 
 Two settings rule it: `addresses` for mailboxes, host names of clients and user names, `client_ip` for IP addresses of
 clients. AUTH arguments and content never come to this package at all. Whatever a peer wrote goes through `clean`,
@@ -24,7 +24,7 @@ from otel_smtp.telemetry.attributes import MAX_DOMAINS, MAX_VALUE_CHARACTERS, US
 
 
 class Addresses(StrEnum):
-    """How much of a mailbox is shown."""
+    """The part of a mailbox to show."""
 
     DOMAIN = "domain"  # the part behind the @
     NONE = "none"
@@ -33,7 +33,7 @@ class Addresses(StrEnum):
 
 
 class ClientIp(StrEnum):
-    """How much of a client's IP address is shown."""
+    """The part of a client's IP address to show."""
 
     FULL = "full"
     PREFIX = "prefix"  # /24, /48
@@ -43,7 +43,7 @@ class ClientIp(StrEnum):
 _FULL: Final = Addresses.FULL  # looked up in its class, a member costs as much as a call
 _REPLACEMENT: Final = "\ufffd"
 
-# Our own words, and those of nearly every mail that is taken: no need to look closer.
+# Our own words, and those of nearly every accepted mail, which need no check.
 _OWN: Final = frozenset(reply.text for reply in replies.named().values())
 _EVERYDAY: Final = re.compile(r"(?:Ok|OK)(?::? queued as [A-Za-z0-9]{5,40}| trace=[0-9a-f]{32})?")
 _TEXTS_REMEMBERED: Final = 512
@@ -52,7 +52,7 @@ _HASH_DIGITS: Final = 16  # 64 bits: no two of a billion addresses are likely to
 
 
 def clean(text: str, limit: int = MAX_VALUE_CHARACTERS) -> str:
-    """`text` fit for any attribute, name or log line: bounded, without what hides or misleads."""
+    """`text` made fit for any attribute, name or log line: bounded, without characters that hide or mislead."""
     text = text[:limit]
     if text.isascii() and text.isprintable():
         return text
@@ -94,7 +94,7 @@ class Redaction:
         object.__setattr__(self, "_words", lru_cache(_TEXTS_REMEMBERED)(partial(shown_words, shown=shown)))
 
     def mailbox(self, address: str) -> str | None:
-        """The mailbox itself, in `full`, or its hash, in `hash`; None else."""
+        """The mailbox itself in `full`, its hash in `hash`; otherwise None."""
         match self.addresses:
             case Addresses.FULL:
                 return clean(address)
@@ -115,7 +115,7 @@ class Redaction:
         return tuple(shown)
 
     def domain(self, address: str) -> str | None:
-        """The domain of a mailbox, "" where it has none, in `domain` and `full`; None else."""
+        """The domain of a mailbox, "" if it has none, in `domain` and `full`; otherwise None."""
         if not self.shows_domains:
             return None
         _, at, domain = address.rpartition("@")
@@ -135,7 +135,7 @@ class Redaction:
         return tuple(found)
 
     def host_name(self, name: str) -> str | None:
-        """What a client calls itself. A laptop is often called after its owner, so it follows `addresses`."""
+        """A client's greeting name. Laptops are often named after their owners, so it follows `addresses`."""
         if name.startswith("["):
             return self._literal_or_name(name)
         match self.addresses:
@@ -167,10 +167,10 @@ class Redaction:
                 return prefix_of(host)
 
     def text(self, text: str, limit: int = MAX_VALUE_CHARACTERS) -> str:
-        """Free text of a peer: but for `full`, what of it is recognised as harmless, see `reply_words`.
+        """Free text of a peer: all of it in `full`, otherwise only words recognised as harmless, see `reply_words`.
 
-        The text is cut before it is read, so that the reading is bounded, and at double the limit, so that no
-        half of an address stays where it was cut.
+        The text is cut before it is read, to bound the work, and at double the limit, so that no half of an address is
+        left at the cut.
         """
         if self.addresses is _FULL:
             return clean(text, limit)

@@ -1,4 +1,4 @@
-"""A handler of log records whose own errors never reach the code that logs, and are reported once.
+"""A log handler whose own errors never reach the logging code, and are reported once.
 
 The standard library's handlers print a traceback on stderr for each record that they fail on: several times per mail,
 and waiting for the reader of stderr. An error in a filter reaches the caller, which may be relaying a mail.
@@ -20,7 +20,7 @@ class SafeHandler(logging.Handler):
     _errors = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record passes; so does one that a filter cannot judge."""
+        """Whether the record passes, which it also does if a filter fails."""
         try:
             return super().filter(record)
         except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
@@ -29,7 +29,7 @@ class SafeHandler(logging.Handler):
             return True
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Write the record, if it passes; what `emit` raises stays here too."""
+        """Write the record, if it passes; errors of `emit` stay here too."""
         try:
             return super().handle(record)
         except Exception:  # noqa: BLE001 - as above
@@ -49,4 +49,4 @@ class SafeHandler(logging.Handler):
             self.say_plainly(json.dumps({"level": "error", "event": _SAID, **about, "traceback": told}))
 
     def say_plainly(self, line: str) -> None:
-        """Say it without all that may have raised; where there is a way."""
+        """Report it without the code that may have raised, if possible."""

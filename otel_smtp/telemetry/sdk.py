@@ -1,8 +1,7 @@
-"""What we use of the SDK's tracing, imported here and nowhere else.
+"""The parts of the SDK's tracing that we use, imported here and nowhere else.
 
-While it is imported, the SDK reads one variable, and raises at a value that it cannot use. For a constant that nobody
-uses; and no `OTEL_*` variable may keep mail from being relayed. `environment` reads that variable too, and says what is
-wrong with it.
+During import, the SDK reads one variable, for an unused constant, and raises at an unusable value; but no `OTEL_*`
+variable may stop mail. `environment` reads that variable too, and reports such a value.
 """
 
 import os

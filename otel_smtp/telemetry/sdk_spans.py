@@ -1,6 +1,6 @@
-"""Finished spans to the processors of the OpenTelemetry SDK, and by them to any exporter.
+"""Passes finished spans to processors of the OpenTelemetry SDK, and through them to any exporter.
 
-What the SDK's exporter makes of these is the reference for our own encoding.
+The SDK's encoding of these is the reference for our own.
 """
 
 from opentelemetry.sdk.resources import Resource
@@ -14,7 +14,7 @@ from otel_smtp.telemetry.sdk import Event, ReadableSpan, SpanProcessor
 
 
 class SdkSpans:
-    """A sink that gives each span to a `SpanProcessor` as the SDK would."""
+    """A sink that passes each span to a `SpanProcessor` as the SDK would."""
 
     __slots__ = ("_processor", "_resource", "_scope")
 
@@ -29,7 +29,7 @@ class SdkSpans:
 
 
 def readable_span(record: SpanRecord, resource: Resource, scope: InstrumentationScope) -> ReadableSpan:
-    """`record` as the SDK's own value of a span that is over."""
+    """`record` as the SDK's own value of a finished span."""
     return ReadableSpan(
         record.name,
         sdk_context(record.context),

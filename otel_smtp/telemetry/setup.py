@@ -1,4 +1,4 @@
-"""Telemetry, assembled from our own options and from what the OTEL_* variables ask for."""
+"""Telemetry, assembled from our own options and the OTEL_* variables."""
 
 import logging
 import threading
@@ -138,12 +138,12 @@ class Telemetry:
     def show(
         self, redaction: Redaction, policies: Mapping[str, InboundPolicy], *, probes: bool, with_message_id: bool
     ) -> None:
-        """What telemetry shows from now on; see `TelemetryOptions`."""
+        """Change what telemetry shows; see `TelemetryOptions`."""
         if self._tracing is not None:
             self._tracing.show(redaction, policies, probes=probes, with_message_id=with_message_id)
 
     def heed_log_level(self) -> None:
-        """Write the access log or leave it, as the log's level of now has it."""
+        """Switch the access log on or off according to the log's current level."""
         if self._tracing is not None:
             self._tracing.tell(self._lines())
 
@@ -152,17 +152,17 @@ class Telemetry:
         return self._metrics.page(accept)
 
     def catching_up(self) -> Iterator[None]:
-        """Count what open connections have done so far, in steps between which mail may go on; on the event loop, every
-        few seconds."""
+        """Count the work of open connections so far, in steps between which mail continues; on the event loop, every
+        few seconds.
+        """
         return self._metrics.catching_up()
 
     def count_mails(self) -> None:
-        """Count the mails that ended since this was called last; to be called on the event loop, each second or so."""
+        """Count the mails that ended since the last call; call it on the event loop, every second or so."""
         self._metrics.count_mails()
 
     def finish(self) -> None:
-        """Make the spans that are under way, and count what is only noted; to be called on the event loop, when nothing
-        is observed any more."""
+        """Finish spans under way, and count noted mails; call it on the event loop, after the last observation."""
         if self._tracing is not None:
             self._tracing.finish()
         self._metrics.catch_up()
@@ -308,7 +308,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
 
 
 def _left_out(sampler: Sampler) -> str:
-    """Which mails a sampler leaves out, in words."""
+    """The mails that a sampler leaves out, in words."""
     description = sampler.get_description()
     if description.removeprefix("ParentBased{root:").startswith("AlwaysOnSampler"):
         return ""

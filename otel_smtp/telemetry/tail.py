@@ -1,8 +1,8 @@
 """The log's lines of mails, for followers of a running gateway.
 
-Nothing is made of a mail without a follower. While there is one, what happens on the mail path is what the access
-log does, whose record is put aside; lines are made of the records when they are asked for. Nobody is waited for: a
-reader that is too slow misses lines, and learns how many.
+Without a follower, nothing is made. With one, the mail path does the same as for the access log, and the record is set
+aside; lines are made from the records on request. The gateway never waits: a reader that is too slow misses lines, and
+learns how many.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class MailTail:
 
     Args:
         tracing: the source of their spans.
-        held: so many records that no line was made of, and so many lines.
+        held: the most records without lines, and the most lines.
     """
 
     def __init__(self, tracing: Tracing, *, held: int = HELD) -> None:
@@ -59,7 +59,7 @@ class MailTail:
         self._made = 0
         self._mail_lines = MailLines()
         self._faults = Faults(log, "line for followers cannot be made: internal error")
-        logger = logging.Logger(ACCESS)  # of its own: it has nothing to do with the log and its level
+        logger = logging.Logger(ACCESS)  # its own, independent of the log and its level
         logger.addHandler(_Putting(self))
         self._listener = AccessLog(logger)
         self._is_started = False
@@ -83,7 +83,7 @@ class MailTail:
         self._lines.clear()
 
     def put(self, record: logging.LogRecord) -> None:
-        """Put a record of the access log aside. Called on the mail path."""
+        """Set a record of the access log aside. Called on the mail path."""
         if len(self._records) == self._held:
             self._made += 1  # a follower finds a number missing
         self._records.append(record)
@@ -94,7 +94,7 @@ class MailTail:
         return self._made
 
     async def after(self, number: int, most: int) -> tuple[Sequence[TailLine], int, int]:
-        """What came after the line that was read last.
+        """The lines after the last one read.
 
         Returns:
             The first `most` lines, the number to ask with next, and how many between were missed.

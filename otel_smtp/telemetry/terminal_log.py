@@ -1,12 +1,12 @@
-"""The log for people who watch a gateway: one line of at most 120 columns for each mail, newest facts first.
+"""The log on a terminal: one line of at most 120 columns per mail.
 
     22:14:03.118 x 550 example.com -> example.org  refused  provider  5.1.1 No such user  4bf92f35
     22:14:03.120 % 250 example.com -> example.net  provider  0.012s  2.0.0 Ok: queued as 4XyZ12  4bf92f35
 
 Time, mark, reply, sender's domain and recipients', upstream, duration, the upstream's words, the head of the trace id.
-A recipient that did not get the mail, or not yet, has a line of its own before it.
-A mail's line is made of two records, the delivery's and its transaction's, which follows it. Connections that brought
-mail have said all with it, so they have no line; one that was refused, or ended in trouble, has.
+A recipient that did not get the mail, or not yet, has a line of its own before it. A mail's line is made from two
+records, the delivery's and then its transaction's. Connections that brought mail have no line of their own, unless they
+were refused or failed.
 """
 
 import logging
@@ -34,7 +34,7 @@ MARKS: Final[Mapping[str, str]] = {
     "aborted": "-",
     "unknown": "?",
 }
-"""What became of a mail, in one character; `otel-smtp tail --help` and deploy/guides/operating.md explain them."""
+"""A mail's outcome in one character; `otel-smtp tail --help` and deploy/guides/operating.md explain them."""
 
 _COLORS: Final[Mapping[str, str]] = {
     "relayed": "32",
@@ -58,7 +58,7 @@ class MailLine(NamedTuple):
 
     Attributes:
         outcome: of the mail, or the fate of the recipient, that it shows.
-        fields: what was known, of which the line shows the most important.
+        fields: all known facts; the line shows the most important.
     """
 
     text: str
@@ -77,7 +77,7 @@ _VERDICT: Final = _CLOCK + len("+ 250")
 
 
 class MailLines:
-    """Makes lines of what the access log says.
+    """Makes lines from records of the access log.
 
     Args:
         colors: use them.
@@ -85,7 +85,7 @@ class MailLines:
 
     def __init__(self, *, colors: bool = False) -> None:
         self._colors = colors
-        # By connection: what its delivery said, until the transaction's record comes.
+        # By connection: its delivery's record, until the transaction's comes.
         self._delivered: OrderedDict[str, Fields] = OrderedDict()
 
     def line(self, name: str, when: float, fields: Fields) -> str | None:
@@ -143,7 +143,7 @@ class MailLines:
         return self._put(when, mark, code, outcome, [str(fact) for fact in facts if fact], str(words), fields)
 
     def _recipient(self, when: float, fields: Fields) -> MailLine:
-        """A recipient that did not get the mail, or not yet."""
+        """The line of a recipient that did not get the mail, or not yet."""
         fate = str(fields.get(names.RECIPIENT_FATE, ""))
         who = fields.get(names.RCPT_ADDRESS) or fields.get(names.RCPT_DOMAIN) or "..."
         if more := fields.get(names.RECIPIENTS_NOT_SHOWN):
@@ -160,7 +160,7 @@ class MailLines:
         if reason in _QUIET_ENDS and not errors:
             return None
         if fields.get(names.CONNECTION_MESSAGES) and reason in _QUIET_ENDS:
-            return None  # its mails have said it
+            return None  # its mails' lines have shown it
         client = str(fields.get(names.CLIENT_ADDRESS, "a client"))
         facts = [f"{client} at {fields.get(names.LISTENER, '')}", _seconds(fields.get(names.LOG_DURATION)) or ""]
         words = f"{reason.replace('_', ' ')}, {errors} error{'' if errors == 1 else 's'}"
@@ -169,7 +169,7 @@ class MailLines:
     def _put(
         self, when: float, mark: str, code: str, outcome: str, facts: list[str], words: str, fields: Fields
     ) -> MailLine:
-        """Put a line together; the words get what is left of it."""
+        """Assemble a line; the words get the remaining space."""
         clock = f"{time.strftime('%H:%M:%S', time.localtime(when))}.{int(when * 1000) % 1000:03}"
         head = "  ".join([f"{clock} {mark} {code} {facts[0]}", *facts[1:]])
         trace = str(fields.get(names.LOG_TRACE_ID, ""))[:_TRACE_CHARACTERS]
@@ -203,12 +203,12 @@ class MailFilter(logging.Filter):
 
 
 def _of_delivery(delivery: Fields) -> Fields:
-    """What a mail's line shows of its delivery; the rest is on the transaction."""
+    """The delivery's fields in a mail's line; the rest comes from the transaction."""
     return {name: delivery[name] for name in (names.UPSTREAM_NAME, names.REPLY_TEXT) if name in delivery}
 
 
 def _is_mail(fields: Fields) -> bool:
-    """Whether a transaction came as far as a recipient or a reply; one that its client gave up before is no mail."""
+    """Whether a transaction reached a recipient or a reply; one abandoned earlier by its client is no mail."""
     return names.REPLY_CODE in fields or bool(fields.get(names.RCPT_DOMAINS)) or fields.get(names.OUTCOME) != "aborted"
 
 

@@ -1,4 +1,4 @@
-"""When work is done on the event loop: in steps, where it is too long for one turn; and what can wait, in one go."""
+"""Scheduling work on the event loop: long work in steps, one per turn; deferrable work together at its end."""
 
 import asyncio
 from collections import deque
@@ -10,10 +10,10 @@ _DONE: Final = object()
 
 
 class StepByStep:
-    """Does work in steps, one in each turn of the event loop, so that no mail waits for more than a step.
+    """Does work in steps, one per turn of the event loop, so that no mail waits for more than a step.
 
-    While several pieces of work wait, as many steps are done in a turn: what waits has a bound, however much happens in
-    a turn. All of it is for the thread of one event loop.
+    While several pieces of work wait, a turn does as many steps, so the backlog stays bounded, however much happens in
+    a turn. Only for the thread of one event loop.
     """
 
     __slots__ = ("_due_in", "_waiting")
@@ -39,7 +39,7 @@ class StepByStep:
             loop.call_soon(self._go_on, loop)
 
     def finish(self) -> None:
-        """Do all that waits."""
+        """Do all waiting work."""
         while self._waiting:
             for _ in self._waiting.popleft():
                 pass
@@ -69,7 +69,7 @@ class AtEndOfTurn:
         self._last_at = 0.0  # by the loop's clock
 
     def __call__(self, work: Callable[[], None]) -> None:
-        """Do `work` then; at once where no loop runs."""
+        """Do `work` then; at once if no loop runs."""
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:

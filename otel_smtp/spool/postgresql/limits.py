@@ -76,7 +76,7 @@ class DatabaseLedger:
                 if wanted:
                     await connection.execute(statements.make_slots, name, total)
                     taken = len(await connection.fetch(statements.take_slots, me, name, total, wanted))
-                # Waiters are told of slots given back, holders that others wait.
+                # Notify waiters that slots were given back, and holders that others wait.
                 for is_wish, is_so in ((False, bool(released)), (True, taken < wanted)):
                     if is_so:
                         what = SLOTS + json.dumps([name, str(me), is_wish])
