@@ -28,7 +28,8 @@ class Strategy(StrEnum):
 class TracePolicy(StrEnum):
     """What to do with the trace headers of a relayed message.
 
-    INJECT: replace them by those of the delivery. STRIP: remove them. KEEP: leave them unchanged.
+    INJECT: replace them by those of the delivery; where nothing is traced, leave them unchanged. STRIP: remove them.
+    KEEP: leave them unchanged.
     """
 
     INJECT = "inject"

@@ -54,7 +54,8 @@ class Transmitting(Enveloping):
         policy = self._smarthost.settings.trace_context
         if policy is _INJECT:
             carrier = self._relaying.observer.delivery_carrier(self._attempt)
-            header = replace_trace_headers(header, carrier, self._record.added_octets)
+            # Nothing is traced (OTEL_SDK_DISABLED): the client's trace goes on behind us, as through any no-op SDK.
+            header = replace_trace_headers(header, carrier or None, self._record.added_octets)
         elif policy is _STRIP and b"trace" in header.lower():
             header = replace_trace_headers(header, {})
         self._header = header

@@ -89,6 +89,30 @@ async def mails(gateway: Gateway, listener: str, answered: Callable[[], None]) -
     await writer.wait_closed()
 
 
+@pytest.mark.parametrize("policy", ["inject", "keep", "strip"])
+@pytest.mark.parametrize("mode", ["direct", "queue"])
+async def test_a_disabled_sdk_lets_the_clients_trace_go_on(
+    policy: str, mode: str, upstream: CapturingUpstream, tmp_path: Path
+) -> None:
+    fields = [f"traceparent: 00-{'1' * 32}-{'2' * 16}-01", "tracestate: a=b"]
+    settings = load(
+        values={
+            "listener": [OPEN],
+            "upstream": [{"url": upstream.url, "trace_context": policy}],
+            "status": {"address": "off"},
+            "delivery": {"mode": mode},
+            **({"spool": {"directory": str(tmp_path / "queue")}} if mode == "queue" else {}),
+        }
+    )
+    content = "\r\n".join([*fields, "Subject: x", "", "x", "."])
+    async with Gateway(settings) as gateway:
+        answers = await conversation(gateway, "open", "HELO client.example", *ONE_MAIL[:3], content)
+        assert answers[-1].startswith("250 ")
+        [message] = await asyncio.to_thread(upstream.wait_for_messages, 1)
+    header = message.content.decode().partition("\r\n\r\n")[0].split("\r\n")
+    assert [line for line in header if line.startswith("trace")] == ([] if policy == "strip" else fields)
+
+
 async def test_a_scrape_counts_each_mail_that_was_answered_before(
     upstream: CapturingUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
