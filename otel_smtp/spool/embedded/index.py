@@ -397,6 +397,14 @@ class Index:
         """Attempted messages that arrived before, and whose sender must be warned."""
         return self._ids("SELECT id FROM message WHERE unwarned <= ? ORDER BY unwarned LIMIT ?", (before_ms, most))
 
+    def recipients(self) -> dict[Kind, int]:
+        """How many recipients wait, by the kind of their messages."""
+        rows = self._database.execute(
+            "SELECT json_extract(entry, '$[1]'),"  # a place in `Entry.encode`
+            " sum(length(recipients) - length(replace(recipients, char(10), '')) - 1) FROM message GROUP BY 1"
+        )
+        return {Kind(kind): recipients for kind, recipients in rows}
+
     def leased(self) -> list[str]:
         """Messages that are being attempted."""
         return self._ids("SELECT DISTINCT id FROM delivery WHERE state = 'leased'", ())

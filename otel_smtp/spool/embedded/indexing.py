@@ -128,8 +128,10 @@ class Indexing:
                 memory.forget(entry)
 
     def _meta(self, position: Position) -> dict[str, int | str]:
-        marker = self._journal.log.markers.get(position[0], b"").hex()
-        return {"segment": position[0], "at": position[1], "marker": marker}
+        log = self._journal.log
+        marker = log.markers.get(position[0], b"").hex()
+        meta = tally_meta(log.told_tally, log.told, log.markers)
+        return {"segment": position[0], "at": position[1], "marker": marker, **meta}
 
     async def move_clock(self, jump_ms: int, *, noted: Callable[[], None] = lambda: None) -> None:
         """Restore all messages' ages after the clock was set by this much.
@@ -184,3 +186,10 @@ class Indexing:
 def clock_meta(place: Position) -> dict[str, int]:
     """The index's meta data about the last clock record that it covers."""
     return {"clock_segment": place[0], "clock_at": place[1]}
+
+
+def tally_meta(tally: Mapping[str, int], place: Position, markers: Mapping[int, bytes]) -> dict[str, int | str]:
+    """What the index is to say of the tally as it was at a place in the log: damage before that does not change it."""
+    segment, at = place
+    marker = markers.get(segment, b"").hex()
+    return {"tally": dumps(tally), "tally_segment": segment, "tally_at": at, "tally_marker": marker}

@@ -126,6 +126,7 @@ class Log:
     Attributes:
         markers, tally: as above, up to the last sync.
         told: up to where durability has been reported: segment and offset. Changes on the event loop.
+        told_tally: the tally up to there.
         fault: why nothing more is written, or None.
     """
 
@@ -156,6 +157,7 @@ class Log:
         self.markers = markers
         self.tally = tally
         self.told = (self._number, self._at)
+        self.told_tally: Mapping[str, int] = dict(tally)
         self._steps: deque[Step[Any]] = deque()
         # A token wakes the thread: an `Event` costs several times as much.
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -308,9 +310,10 @@ class Log:
                 self._timings.append((verb, seconds, items))
                 items = 0
         with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any more
-            self._loop.call_soon_threadsafe(self._tell, outcomes, (self._number, self._at))
+            # A copy: this thread counts on.
+            self._loop.call_soon_threadsafe(self._tell, outcomes, (self._number, self._at), dict(self.tally))
 
-    def _tell(self, outcomes: Sequence[Outcome], told: tuple[int, int]) -> None:
+    def _tell(self, outcomes: Sequence[Outcome], told: tuple[int, int], tally: Mapping[str, int]) -> None:
         """On the event loop."""
         for steps, error in outcomes:
             for step in steps:
@@ -324,7 +327,7 @@ class Log:
                     logger.exception("spool failed: internal error")
                     if not step.done():  # a waiter without an answer would hang: delivering twice is better
                         step.fail(SpoolError("internal error"))
-        self.told = told
+        self.told, self.told_tally = told, tally
 
     def _write(self, group: Sequence[Step[Any]], outcomes: list[Outcome]) -> None:
         """Make a group durable, and note the results in `outcomes`."""

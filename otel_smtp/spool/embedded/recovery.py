@@ -10,9 +10,9 @@ import json
 import logging
 import sqlite3
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from otel_smtp.spool.embedded import records
 from otel_smtp.spool.embedded.aside import hold_again
@@ -21,9 +21,18 @@ from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import Entry, Place
 from otel_smtp.spool.embedded.former_index import FormerIndex
 from otel_smtp.spool.embedded.index import Index, NoIndex, index_error, row_of
-from otel_smtp.spool.embedded.indexing import clock_meta
+from otel_smtp.spool.embedded.indexing import clock_meta, tally_meta
 from otel_smtp.spool.embedded.records import FIRST, Damage, NewerFormat, Record, RecordKind
-from otel_smtp.spool.messages import ContentLost, DeliveryState, SpoolError, StorageFull
+from otel_smtp.spool.messages import (
+    ContentLost,
+    DeliveryState,
+    End,
+    Kind,
+    SpoolError,
+    StorageFull,
+    accepted_name,
+    end_name,
+)
 from otel_smtp.spool.store import NotFound
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.recovery")
@@ -97,6 +106,8 @@ class _Recovery:
         self._markers: dict[int, bytes] = {}
         self._ends: dict[int, int] = {}
         self._tally: dict[str, int] = {}
+        self._tally_place = (0, FIRST)  # up to where the index has counted; or the first segment that is counted
+        self._has_lost_records = False  # among those that are counted
         self._touched: dict[str, Entry | None] = {}
         self._corrupt: list[str] = []
         self._newly_lost: list[str] = []
@@ -119,11 +130,14 @@ class _Recovery:
             self._index_in_use = index
             self._seen = meta = index.meta()
             self._clock_place = (meta.get("clock_segment", 0), meta.get("clock_at", 0))
+            self._begin_tally(numbers, {} if index.is_new else meta)
             with index.filling() if index.is_new and numbers else contextlib.nullcontext():
                 for number in numbers:
-                    if number >= start[0] or number == numbers[-1]:
+                    if number >= min(start[0], self._tally_place[0], numbers[-1]):
                         self._replay(number, numbers, start)
                 self._write()
+                if self._has_lost_records:
+                    self._raise_tally()
                 if self._unfound:
                     self._ask_former(set(numbers))
             for number in numbers:
@@ -300,25 +314,82 @@ class _Recovery:
             return zlib.crc32(content) == place.crc
         return False
 
+    # The tally -------------------------------------------------------------------------------------------------
+
+    def _begin_tally(self, numbers: Sequence[int], meta: Mapping[str, Any]) -> None:
+        """Begin to count where the index had counted up to, which no damage to the log before that can change; else
+        with the last segment, whose first record says what came before it.
+
+        Args:
+            meta: the index's; nothing where it is new.
+        """
+        segment = int(meta.get("tally_segment", 0))
+        is_of_this_log = segment not in self._markers or self._markers[segment].hex() == meta.get("tally_marker")
+        if "tally" in meta and is_of_this_log:
+            self._tally = dict(json.loads(meta["tally"]))
+            self._tally_place = (segment, int(meta["tally_at"]))
+        elif numbers:
+            first = next((one for one in reversed(numbers) if self._beginning(one) is not None), numbers[0])
+            self._tally_place = (first, FIRST)
+
+    def _beginning(self, number: int) -> dict[str, Any] | None:
+        """What the first record of a segment says of those before; None: it is damaged."""
+        path = self._directory.segment(number)
+        data = self._directory.read(path, 0, min(path.stat().st_size, 1 << 20))
+        first = next(records.scan(data, self._markers[number]), None)
+        if isinstance(first, Record) and first.kind == RecordKind.BEGIN:
+            return dict(json.loads(first.text))
+        return None
+
+    def _count(self, record: Record) -> None:
+        """Note what a record says of the tally."""
+        said = json.loads(record.text)
+        if record.kind == RecordKind.BEGIN:
+            self._tally = dict(said["tally"])
+            self._has_lost_records = False
+            return
+        ended: dict[str, int] = {}
+        if record.kind == RecordKind.MESSAGE:
+            if said[0]:
+                name, recipients = Entry.from_values(said[2]).accepted
+                ended = {name: recipients}
+        elif record.kind == RecordKind.STATE:
+            ended = said[0]
+        elif record.kind in (RecordKind.END, RecordKind.CLOCK):
+            ended = said["ended"]
+        for name, recipients in ended.items():
+            self._tally[name] = self._tally.get(name, 0) + recipients
+
+    def _raise_tally(self) -> None:
+        """Where the record of a message is lost, and the message is not, or its end is known: it did come."""
+        come: dict[str, int] = {}
+        for kind, recipients in self._index_in_use.recipients().items():
+            come[accepted_name(kind)] = come.get(accepted_name(kind), 0) + recipients
+        for kind in (Kind.MAIL, Kind.BOUNCE, Kind.OUTCOME):  # of all notices, one
+            name = accepted_name(kind)
+            ended = sum(self._tally.get(end_name(kind, end), 0) for end in End)
+            if (least := ended + come.get(name, 0)) > self._tally.get(name, 0):
+                self._tally[name] = least
+
     # The log ---------------------------------------------------------------------------------------------------
 
     def _replay(self, number: int, numbers: Sequence[int], start: tuple[int, int]) -> None:
         data = self._directory.read_segment(number)
         found = list(records.scan(data, self._markers[number]))
-        is_last = number == numbers[-1]
-        end = self._known_end(numbers[numbers.index(number) + 1]) if not is_last else None
+        end = self._known_end(numbers[numbers.index(number) + 1]) if number != numbers[-1] else None
         found = self._cut(number, data, found, end)
         step: list[Record] = []  # records of one step: a torn step has not happened
         for one in found:
             if isinstance(one, Damage):
                 self._set_aside(number, data, one)
+                self._has_lost_records |= (number, one.at) >= self._tally_place
                 step.clear()
                 continue
             step.append(one)
             if one.has_more:
                 continue
             for record in step:
-                if is_last:
+                if (number, record.at) >= self._tally_place:
                     self._count(record)
                 if (number, record.at) >= start:
                     self._apply(number, record)
@@ -328,12 +399,8 @@ class _Recovery:
 
     def _known_end(self, following: int) -> int | None:
         """The end of a segment's last record, according to the next segment."""
-        path = self._directory.segment(following)
-        data = self._directory.read(path, 0, min(path.stat().st_size, 1 << 20))
-        first = next(records.scan(data, self._markers[following]), None)
-        if isinstance(first, Record) and first.kind == RecordKind.BEGIN:
-            return int(json.loads(first.text)["previous_end"])
-        return None
+        said = self._beginning(following)
+        return None if said is None else int(said["previous_end"])
 
     def _cut(
         self, number: int, data: bytes, found: list[Record | Damage], known_end: int | None
@@ -368,24 +435,6 @@ class _Recovery:
             f"{damage.end - damage.at} octets of segment {number} are damaged at {damage.at}, and kept in lost+found/"
         )
         self._directory.set_aside(f"damaged-{number}-{damage.at}", data[damage.at : damage.end])
-
-    def _count(self, record: Record) -> None:
-        """Apply a record of the last segment to the tally."""
-        said = json.loads(record.text)
-        if record.kind == RecordKind.BEGIN:
-            self._tally = dict(said["tally"])
-            return
-        ended: dict[str, int] = {}
-        if record.kind == RecordKind.MESSAGE:
-            if said[0]:
-                name, recipients = Entry.from_values(said[2]).accepted
-                ended = {name: recipients}
-        elif record.kind == RecordKind.STATE:
-            ended = said[0]
-        elif record.kind in (RecordKind.END, RecordKind.CLOCK):
-            ended = said["ended"]
-        for name, recipients in ended.items():
-            self._tally[name] = self._tally.get(name, 0) + recipients
 
     def _apply(self, number: int, record: Record) -> None:
         match record.kind:
@@ -471,11 +520,13 @@ class _Recovery:
         texts.clear()
 
     def _write_meta(self, last: int) -> None:
+        place = (last, self._ends.get(last, 0))
         meta = {
             "segment": last,
-            "at": self._ends.get(last, 0),
+            "at": place[1],
             "marker": self._markers[last].hex() if last in self._markers else "",
             "is_clean": 0,
+            **tally_meta(self._tally, place, self._markers),
         }
         if "seen_ms" not in self._seen:  # otherwise later jumps are still to be noted
             meta |= self._clocks.seen()

@@ -20,11 +20,13 @@ from otel_smtp.spool.embedded import EmbeddedStore, records
 from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.files import write_durably
 from otel_smtp.spool.embedded.index import Index
+from otel_smtp.spool.embedded.records import RecordKind
 from otel_smtp.spool.embedded.store import CRASHES_ALLOWED
 from otel_smtp.spool.messages import (
     ContentLost,
     DeliveryState,
     End,
+    Kind,
     SpoolError,
     StorageBroken,
     StorageFull,
@@ -414,6 +416,71 @@ async def test_a_damaged_record_is_set_aside_and_the_rest_goes_on(store: Embedde
         assert BODY in kept, "the mail is there for people to look at"
     async with opened(crashed) as (after, recovery):
         assert await ids_in(after) == [one for one in ids if one != ids[2]]
+
+
+def _damage(segment: Path, kind: RecordKind, number: int = 0) -> None:
+    """Make the text of a segment's record unreadable, the first of its kind or a later one."""
+    data = bytearray(segment.read_bytes())
+    found = records.scan(bytes(data), bytes(data[records.FIRST : records.FIRST + 8]))
+    record = [one for one in found if isinstance(one, records.Record) and one.kind == kind][number]
+    data[record.content_at - 1] ^= 0xFF
+    segment.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", [RecordKind.MESSAGE, RecordKind.END])
+async def test_damage_to_what_the_index_knows_does_not_change_the_tally(tmp_path: Path, kind: RecordKind) -> None:
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        for _ in range(3):
+            await queued(store)
+        (lease, *_) = await leased(store)
+        await store.finish(lease, DELIVERED)
+    _damage(segments(path)[-1], kind)
+    for _ in range(2):  # the index that the first start leaves behind is as good
+        async with opened(path) as (store, recovery):
+            assert any("damaged" in alarm for alarm in recovery.alarms)
+            assert await store.tally() == {"accepted": 3, "delivered": 1}
+
+
+async def test_what_ended_has_come_though_its_record_is_damaged(store: EmbeddedStore) -> None:
+    await queued(store, message("1@x.example", "2@x.example"))
+    for sender in ("", "app@example.com"):
+        await queued(store, message(sender=sender, kind=Kind.MAIL if sender else Kind.BOUNCE))
+    (first, *_) = await leased(store)
+    await store.finish(first, [Verdict(number, End.DELIVERED, replies.OK) for number in range(2)])
+    crashed = left_by_a_crash(store)
+    (crashed / "index.db").unlink()
+    (segment,) = segments(crashed)
+    _damage(segment, RecordKind.MESSAGE)
+    async with opened(crashed) as (after, _):
+        assert await after.tally() == {"accepted": 3, "delivered": 2, "notified": 1}
+
+
+async def test_a_segment_whose_first_record_is_damaged_is_counted_after_the_one_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "spool"
+    for _ in range(2):  # each start begins a segment
+        async with opened(path) as (store, _):
+            await queued(store)
+            await queued(store)
+            (lease, *_) = await leased(store)
+            await store.finish(lease, DELIVERED)
+    (path / "index.db").unlink()
+    _damage(segments(path)[-1], RecordKind.BEGIN)
+    async with opened(path) as (store, _):
+        assert await store.tally() == {"accepted": 4, "delivered": 2}
+
+
+async def test_the_tally_outlives_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        await queued(store)
+        (lease, *_) = await leased(store)
+        await store.finish(lease, DELIVERED)
+    for segment in segments(path):
+        segment.unlink()
+    for _ in range(2):
+        async with opened(path) as (store, _):
+            assert await store.tally() == {"accepted": 1, "delivered": 1}
 
 
 async def test_a_large_content_whose_record_is_damaged_is_kept(store: EmbeddedStore) -> None:
