@@ -1,21 +1,43 @@
-"""Claiming: choosing the next deliveries to attempt, and recording the choice."""
+"""Claiming: choosing the next deliveries to attempt, and recording the choice.
+
+New and retried deliveries take turns, each in the order in which they are due, and senders take turns within a sample.
+If a few senders fill most of the sample, half of the room goes to all senders in turns, which the index finds by name.
+So a sender with little mail waits for one delivery of each other sender, and not for a whole backlog.
+"""
 
 import contextlib
 import heapq
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from otel_smtp.spool.embedded.contents import Contents
 from otel_smtp.spool.embedded.deliveries import DeliveryEntry
 from otel_smtp.spool.embedded.entries import Entry, dumps
+from otel_smtp.spool.embedded.index import Index
 from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.journal import Journal
 from otel_smtp.spool.embedded.log import Step
 from otel_smtp.spool.embedded.memory import Memory
 from otel_smtp.spool.embedded.records import RecordKind
-from otel_smtp.spool.embedded.waiting import SAMPLE, Candidate, in_turn
+from otel_smtp.spool.embedded.waiting import SAMPLE, Candidate, alternate, by_sender, in_turn, is_dominated
 from otel_smtp.spool.messages import DeliveryState, Lease, SpoolError
 
 Claimed = tuple[Entry, DeliveryEntry]
+
+
+@dataclass(slots=True)
+class _Turns:
+    """Whose turn it is, at one destination.
+
+    Attributes:
+        is_old_first: what was tried before is.
+        is_anyone_first: a sender whose turn it is comes before what is due first.
+        after: the last sender that had a turn, of new mail and of mail tried before; None: the first one is next.
+    """
+
+    is_old_first: bool = False
+    is_anyone_first: bool = False
+    after: dict[bool, str | None] = field(default_factory=dict)
 
 
 class Claiming:
@@ -26,6 +48,7 @@ class Claiming:
         self._index = index
         self._journal = journal
         self._contents = contents
+        self._turns: dict[str, _Turns] = {}
 
     async def claim(
         self, wanted: Mapping[str, int], now_ms: int
@@ -80,23 +103,50 @@ class Claiming:
         self, new: list[Candidate], old: list[Candidate], destination: str, most: int, now_ms: int
     ) -> list[Claimed]:
         memory = self._memory
+        turns = self._turns.setdefault(destination, _Turns())
+        of_senders: dict[bool, tuple[Sequence[Candidate], str | None]] = {}
         if memory.cold[destination] > 0:
 
             def is_known(message_id: str) -> bool:
                 """Called in the index's thread; changes since then are checked below."""
                 return message_id in memory.hot or message_id in memory.unindexed
 
-            cold_new, cold_old = await self._index.run(
-                lambda index: [
-                    index.due(destination, now_ms, SAMPLE * most, was_tried=was_tried, is_known=is_known)
-                    for was_tried in (False, True)
-                ]
-            )
+            def look(index: Index, was_tried: bool) -> list[Candidate]:
+                sample = index.due(destination, now_ms, SAMPLE * most, was_tried=was_tried, is_known=is_known)
+                if len(sample) == SAMPLE * most and is_dominated(sample):
+                    of_senders[was_tried] = index.due_of_senders(
+                        destination,
+                        now_ms,
+                        max(1, most // 2),
+                        was_tried=was_tried,
+                        after=turns.after.get(was_tried),
+                        is_known=is_known,
+                    )
+                return sample
+
+            cold_new, cold_old = await self._index.run(lambda index: [look(index, False), look(index, True)])
             new = list(heapq.merge(new, (one for one in cold_new if one[1] not in memory.hot)))
             old = list(heapq.merge(old, (one for one in cold_old if one[1] not in memory.hot)))
-        candidates = in_turn(new, old)
+        ordered: list[list[Candidate]] = []
+        anyone: dict[bool, list[Candidate]] = {}
+        for was_tried, sample in ((False, by_sender(new)), (True, by_sender(old))):
+            found, _ = of_senders.get(was_tried, ((), None))
+            those = anyone[was_tried] = [one for one in found if one[1] not in memory.hot]
+            ordered.append(alternate(those, sample) if turns.is_anyone_first else alternate(sample, those))
+        candidates = in_turn(*ordered, is_old_first=turns.is_old_first)
+        first = candidates[:most]
+        for was_tried, (_, after) in of_senders.items():
+            those = anyone[was_tried]
+            taken = [one for one in those if one in first]
+            if len(taken) == len(those):
+                turns.after[was_tried] = after
+            elif taken:
+                turns.after[was_tried] = taken[-1][3]
+        # Where there is room for one at a time, the other one is next.
+        turns.is_anyone_first ^= turns.is_old_first
+        turns.is_old_first = not turns.is_old_first
         chosen: list[Claimed] = []
-        cold = [one[1] for one in candidates[:most] if one[1] not in memory.hot]
+        cold = [one[1] for one in first if one[1] not in memory.hot]
         if cold:
             for entry in await self._index.run(lambda index: index.load(cold)):
                 if entry.id not in memory.unindexed:

@@ -26,6 +26,8 @@ BUSY_SECONDS: Final = 5.0  # how long to wait while another process has it locke
 WAL_OCTETS: Final = 8 * 1024 * 1024  # twice its size when SQLite writes it back and starts over
 _WAL_HEAD_OCTETS: Final = 32
 _ROWS_AT_ONCE: Final = 200
+_SENDERS_FOR_ONE: Final = 8  # are looked at, as those may be the ones of which nothing is due
+_KNOWN_MOST: Final = 100  # of one sender, that may be passed over for those that are known better
 _OUTCOME: Final = f"destination >= '{OUTCOME_PREFIX}' AND destination < '{OUTCOME_PREFIX[:-1]}!'"
 _IS_OUTCOME: Final = f"EXISTS (SELECT 1 FROM delivery WHERE delivery.id = message.id AND {_OUTCOME})"  # noqa: S608
 
@@ -43,8 +45,11 @@ CREATE INDEX message_expires ON message(expires) WHERE expires IS NOT NULL;
 CREATE INDEX message_unwarned ON message(unwarned) WHERE unwarned IS NOT NULL;
 CREATE INDEX message_trace ON message(trace) WHERE trace IS NOT NULL;
 CREATE INDEX delivery_due ON delivery(destination, tried, due) WHERE state = 'ready';
+CREATE INDEX delivery_sender ON delivery(destination, tried, sender, due) WHERE state = 'ready';
 CREATE INDEX delivery_other ON delivery(state) WHERE state != 'ready';
 """
+
+_SENDER_INDEX: Final = next(line for line in _INDEXES.splitlines() if "delivery_sender" in line)
 
 
 def index_error(error: sqlite3.Error) -> SpoolError:
@@ -155,6 +160,9 @@ class Index:
             self._database.executescript(f"BEGIN;{_TABLES}{_INDEXES}PRAGMA user_version = {VERSION};COMMIT;")
         elif version != VERSION:
             raise NoIndex(f"it is of version {version}")
+        else:
+            with contextlib.suppress(sqlite3.OperationalError):  # a full disk: without it, it takes longer
+                execute(_SENDER_INDEX.replace("INDEX", "INDEX IF NOT EXISTS"))  # one of an earlier release has none
 
     def check(self, *, thoroughly: bool) -> None:
         """See whether it is whole.
@@ -370,6 +378,49 @@ class Index:
                     if len(found) == most:
                         break
         return found
+
+    def due_of_senders(
+        self,
+        destination: str,
+        now_ms: int,
+        most: int,
+        *,
+        was_tried: bool,
+        after: str | None,
+        is_known: Callable[[str], bool],
+    ) -> tuple[list[tuple[int, str, int, str]], str | None]:
+        """Of each of the next senders, in the order of their names, the delivery that is due first.
+
+        Args:
+            after: the sender to go on behind; None: from the first one on.
+            is_known: as for `due`.
+
+        Returns:
+            What was found, and where to go on; None: that was the last one.
+        """
+        found: list[tuple[int, str, int, str]] = []
+        which = (destination, int(was_tried))
+        for _ in range(_SENDERS_FOR_ONE * most):
+            row = self._database.execute(
+                "SELECT min(sender) FROM delivery WHERE state = 'ready' AND destination = ? AND tried = ?"
+                " AND (? IS NULL OR sender > ?)",
+                (*which, after, after),
+            ).fetchone()
+            after = row[0]
+            if after is None:
+                break
+            rows = self._database.execute(
+                "SELECT due, id, number, delivery.sender FROM delivery CROSS JOIN message USING (id)"
+                " WHERE state = 'ready' AND destination = ? AND tried = ? AND delivery.sender = ? AND due <= ?"
+                " AND (expires IS NULL OR expires > ?) ORDER BY due, id LIMIT ?",
+                (*which, after, now_ms, now_ms, _KNOWN_MOST),
+            )
+            with contextlib.closing(rows):
+                if (first := next((one for one in rows if not is_known(one[1])), None)) is not None:
+                    found.append(first)
+            if len(found) == most:
+                break
+        return found, after
 
     def next_due(self, destination: str, now_ms: int) -> int | None:
         """When the next unexpired delivery is due."""

@@ -94,16 +94,25 @@ class Waiting:
         )
 
 
-def in_turn(new: Sequence[Candidate], old: Sequence[Candidate]) -> list[Candidate]:
-    """New and retried ones take turns, so that a backlog never starves new mail; and so do senders."""
+def in_turn(new: Sequence[Candidate], old: Sequence[Candidate], *, is_old_first: bool) -> list[Candidate]:
+    """New and retried ones take turns, so that neither starves the other."""
+    return alternate(old, new) if is_old_first else alternate(new, old)
+
+
+def alternate(some: Sequence[Candidate], others: Sequence[Candidate]) -> list[Candidate]:
+    """Those of both in turns, without duplicates."""
     both: list[Candidate] = []
-    ordered_new, ordered_old = _by_sender(new), _by_sender(old)
-    for number in range(max(len(new), len(old))):
-        both += [*ordered_new[number : number + 1], *ordered_old[number : number + 1]]
-    return both
+    for number in range(max(len(some), len(others))):
+        both += [*some[number : number + 1], *others[number : number + 1]]
+    return list(dict.fromkeys(both))
 
 
-def _by_sender(candidates: Sequence[Candidate]) -> list[Candidate]:
+def is_dominated(sample: Sequence[Candidate]) -> bool:
+    """Whether a few senders fill most of a sample: other senders may be behind their backlogs."""
+    return 2 * len({candidate[3] for candidate in sample}) <= len(sample)
+
+
+def by_sender(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Senders take turns; each sender's deliveries stay in order."""
     turns: Counter[str] = Counter()
     ordered: list[tuple[int, Candidate]] = []
