@@ -14,7 +14,7 @@ from otel_smtp.smtp.replies import EnhancedStatus, Reply
 from otel_smtp.spool.attempts import MESSAGE_KINDS, Recording, told
 from otel_smtp.spool.dsn.notices import Notices
 from otel_smtp.spool.dsn.report import NoticeKind
-from otel_smtp.spool.messages import End, Kind, Lease, NoSuchMessage, Verdict
+from otel_smtp.spool.messages import End, Kind, Lease, NoSuchMessage, StorageAway, StorageBroken, Verdict
 from otel_smtp.spool.store import Notice, Store
 
 if TYPE_CHECKING:
@@ -66,12 +66,15 @@ class Aging:
         await self._store.housekeep()
         for lease in await self._store.end_overdue(max(MOST_AT_ONCE, messages // 100)):
             if self._recording.is_stopping:
-                await self._recording.record(lease, partial(self._store.finish, lease, ()))
+                await self._give_back(lease)
             else:
                 await self._end(lease)
         if self._warn_after_seconds is not None:
             for lease in await self._store.unwarned(self._warn_after_seconds, MOST_AT_ONCE):
                 await self._warn(lease)
+
+    async def _give_back(self, lease: Lease) -> None:
+        await self._recording.record(lease, partial(self._store.finish, lease, ()))
 
     async def _end(self, lease: Lease) -> None:
         """Expire a delivery. An expired notice is only logged."""
@@ -82,7 +85,7 @@ class Aging:
         except Exception:
             # Nothing else lets go of what is leased here: it is ended at a later look.
             logger.exception("notice not created", extra=told(lease))
-            await self._recording.record(lease, partial(self._store.finish, lease, ()))
+            await self._give_back(lease)
             return
         self._tell(lease, SpoolAction.EXPIRED)
         if lease.kind is not Kind.MAIL:
@@ -121,6 +124,11 @@ class Aging:
             notices = await self._notices.of(NoticeKind.DELAYED, lease, waiting, retry_until=lease.expires_at)
         except NoSuchMessage:
             return  # it was not leased, and has ended meanwhile
+        except (StorageAway, StorageBroken):
+            raise
+        except Exception:  # the others are warned all the same
+            logger.exception("notice not created", extra=told(lease))
+            return
         if await self._store.warn(lease.message_id, notices):
             logger.warning("message delayed; sender warned", extra=told(lease))
             self._wake([destination for notice, _ in notices for destination in notice.deliveries])

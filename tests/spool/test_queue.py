@@ -14,7 +14,7 @@ from otel_smtp.observing import Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import DsnReturn, Mail, Notify, Recipient
 from otel_smtp.spool.embedded.clocks import Uptime
-from otel_smtp.spool.messages import DeliveryState
+from otel_smtp.spool.messages import ContentRef, DeliveryState, SpoolError
 from otel_smtp.spool.schedule import Schedule
 from tests.spool.messages import CARRIER
 from tests.spool.queueing import AT_ONCE, NEVER_AGAIN, eventually, queueing, some_bytes
@@ -417,6 +417,78 @@ async def test_a_notice_that_is_too_old_is_given_up_and_the_log_cries(
     (line,) = [one for one in caplog.records if one.levelname == "CRITICAL"]
     assert line.getMessage() == "notice expired undelivered"
     assert line.__dict__["code"] == 450
+
+
+async def test_mail_whose_bounce_cannot_be_made_now_expires_later_and_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where no file can be opened for a moment."""
+    async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream), schedule=NEVER_AGAIN) as queue:
+        upstream.verdict = refuse(BOB.address, b"450 4.2.1 mailbox busy\r\n")
+        for _ in range(3):
+            await queue.take()
+        store, taken = queue.spool.store, list(queue.spooled)
+
+        async def all_wait() -> bool:
+            return (await store.counts()).deferred == 3
+
+        await eventually(all_wait)
+        read, refused = store.read, [taken[0]]
+
+        async def read_later(content: ContentRef, start: int, octets: int) -> bytes:
+            if content.key in refused:
+                refused.remove(str(content.key))
+                raise SpoolError("too many open files")
+            return await read(content, start, octets)
+
+        monkeypatch.setattr(store, "read", read_later)
+        for one in taken:
+            await store.expire(one)
+        queue.spool.runner.look_soon()
+
+        async def two_are_ended() -> bool:
+            return (await queue.tally()).get("expired") == 2
+
+        await eventually(two_are_ended)
+        assert (await store.show(taken[0])).state is DeliveryState.READY
+        queue.spool.runner.look_soon()
+        await queue.empties()
+        assert (await queue.tally())["expired"] == 3
+
+
+async def test_a_warning_that_cannot_be_made_now_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = Schedule((3600.0,), warn_after_seconds=0.001)
+    async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream), schedule=schedule) as queue:
+        upstream.verdict = refuse(BOB.address, b"450 4.2.1 mailbox busy\r\n")
+        store, read = queue.spool.store, queue.spool.store.read
+        readable: list[str] = []
+
+        async def read_some(content: ContentRef, start: int, octets: int) -> bytes:
+            if content.key not in readable:
+                raise SpoolError("too many open files")
+            return await read(content, start, octets)
+
+        monkeypatch.setattr(store, "read", read_some)
+        for _ in range(2):
+            await queue.take()
+        first, second = queue.spooled
+
+        async def unwarned() -> list[str]:
+            return [one.message_id for one in await store.unwarned(0.0, 10)]
+
+        async def both_wait() -> bool:
+            return await unwarned() == [first, second]
+
+        await eventually(both_wait)
+        readable.append(second)
+
+        async def is_warned() -> bool:
+            queue.spool.runner.look_soon()
+            return await unwarned() == [first]
+
+        await eventually(is_warned)
 
 
 @pytest.mark.parametrize("has_passed", [True, False], ids=["time has passed", "the clock jumped"])
