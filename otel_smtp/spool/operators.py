@@ -298,7 +298,8 @@ def _known(request: Answer) -> Sequence[str | None]:
     known = [request.get(name) for name in ("trace_id", "sender", "recipient")]
     if not any(known) or not all(one is None or isinstance(one, str) for one in known):
         raise SpoolError("which messages? give their trace id, sender or recipient")
-    return known
+    trace_id, sender, recipient = known
+    return trace_id, "" if sender == "<>" else sender, recipient
 
 
 def as_answer(shown: MessageView) -> Answer:

@@ -148,6 +148,19 @@ def test_an_export_has_the_message_and_its_envelope(running: GatewayProcess, tmp
     assert files[0].read_bytes().endswith(MAIL)
 
 
+def test_an_export_keeps_what_was_exported_before(running: GatewayProcess, tmp_path: Path) -> None:
+    """Of a message that is queued no longer, that may be the last copy; and no other file is removed for an id."""
+    spool, out = tmp_path / "spool", tmp_path / "out"
+    first = rows(spool)[0]["queue_id"]
+    assert queue(spool, "export", first, "--to", str(out)).returncode == 0
+    assert queue(spool, "delete", first).returncode == 0
+    (tmp_path / "mine.eml").write_text("not ours")
+    told = queue(spool, "export", first, "../mine", "--to", str(out))
+    assert (told.returncode, told.stdout) == (1, "")
+    assert (out / f"{first}.eml").read_bytes().endswith(MAIL)
+    assert (tmp_path / "mine.eml").read_text() == "not ours"
+
+
 def test_a_queued_message_has_its_trace_id(running: GatewayProcess, tmp_path: Path) -> None:
     traces = {line["smtp.spool.id"]: line["trace_id"] for line in running.log if line["event"] == "smtp.transaction"}
     assert {row["queue_id"]: row["trace_id"] for row in rows(tmp_path / "spool")} == traces

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from otel_smtp.spool.embedded import EmbeddedStore, ask
+from otel_smtp.spool.messages import Kind as MessageKind
 from otel_smtp.spool.messages import MessageView, NoSuchMessage, SpoolError
 from otel_smtp.spool.operators import COMMANDS, MOST_CONVERSATIONS, MOST_REQUEST_OCTETS, Answer
 from tests.spool.messages import BODY, HEADER, TRACE_ID, message, queued
@@ -63,6 +64,15 @@ async def test_what_is_known_of_a_message_finds_it(tmp_path: Path, known: dict[s
     async with filled(tmp_path / "spool") as ids:
         answers = await asked(tmp_path / "spool", "find", **known)
         assert [answer["queue_id"] for answer in answers] == [ids[number] for number in found]
+
+
+async def test_a_bounce_is_found_by_its_null_sender(tmp_path: Path) -> None:
+    async with filled(tmp_path / "spool"):
+        store = EmbeddedStore(tmp_path / "spool", least_free_octets=0)
+        await store.open()
+        bounce = await queued(store, message("app@example.com", sender="", kind=MessageKind.BOUNCE))
+        await store.close()
+        assert [answer["queue_id"] for answer in await asked(tmp_path / "spool", "find", sender="<>")] == [bounce]
 
 
 @pytest.mark.parametrize("known", [{}, {"trace_id": 5}, {"sender": None}])

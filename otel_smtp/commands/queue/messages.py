@@ -47,7 +47,7 @@ def list_(context: click.Context, /, *, spool: Path | None, as_json: bool, **fil
 
 @click.command()
 @click.option("--trace", "trace_id", metavar="ID", help="Trace id, as the final 250 gives it.")
-@click.option("--sender", metavar="ADDRESS", help="Sender of the envelope.")
+@click.option("--sender", metavar="ADDRESS", help="Sender of the envelope; <> for bounces.")
 @click.option("--recipient", metavar="ADDRESS", help="One of its recipients.")
 @spool_option
 @message_flags
@@ -212,6 +212,7 @@ def export(
         fail(WRONG, "queue export: give ids, or --all, not both")
     request = {"command": "export", **({"all": True} if every else {"ids": _given(ids)})}
     failed: list[str] = []
+    begun: set[str] = set()
     try:
         to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -223,7 +224,8 @@ def export(
             path = to / f"{name}.eml"
             if "error" in answer:
                 failed.append(name)
-                path.unlink(missing_ok=True)
+                if name in begun:  # else it is a copy of before, or no file of ours
+                    path.unlink(missing_ok=True)
                 if as_json:
                     print_row(answer, as_json=True)
                 else:
@@ -233,6 +235,7 @@ def export(
                     file.write(base64.b64decode(answer["content"]))
             else:
                 (to / f"{name}.json").write_text(json_line(answer) + "\n", encoding="utf-8")
+                begun.add(name)
                 path.write_bytes(b"")
                 click.echo(json_line({"queue_id": name, "file": str(path)}) if as_json else path)
 
