@@ -20,6 +20,8 @@ from otel_smtp.spool.messages import Kind, MessageView
 logger: Final = logging.getLogger("otel_smtp.spool.operators")
 
 MOST_NAME_CHARACTERS: Final = 100
+CRASHES: Final = "\n"
+"""In the place of an operator, who cannot have that name: the message was part of too many crashes."""
 
 _ACTIONS: Final = {
     "hold": SpoolAction.HELD,
@@ -41,7 +43,7 @@ class Deed:
 
     Attributes:
         command: as in `otel-smtp queue`.
-        operator: the operator's name; "": no operator did it.
+        operator: the operator's name, or `CRASHES`.
         recipients: the message's recipients, each with the last reply about it.
     """
 
@@ -81,7 +83,8 @@ class Deed:
         try:
             command, operator, message_id, kind, attempts, reverse_path, carrier, recipients = json.loads(text)
             return cls(
-                str(command), operator_name(operator), str(message_id), Kind(kind), int(attempts), str(reverse_path),
+                str(command), CRASHES if operator == CRASHES else operator_name(operator),
+                str(message_id), Kind(kind), int(attempts), str(reverse_path),
                 {str(name): str(value) for name, value in carrier.items()},
                 [(str(address), str(last)) for address, last in recipients],
             )  # fmt: skip
@@ -90,6 +93,9 @@ class Deed:
 
     def note(self, observer: Observer) -> None:
         """Report it in the log and in the message's trace."""
+        if self.operator == CRASHES:
+            self._note_crashes(observer)
+            return
         level = logging.WARNING if self.command in ("delete", "expire") else logging.INFO
         logger.log(
             level, "queued message changed by an operator",
@@ -102,6 +108,13 @@ class Deed:
         if self.kind is not Kind.OUTCOME and (action := _ACTIONS.get(self.command)) is not None:
             observer.spool_acted(self.record(action))
 
+    def _note_crashes(self, observer: Observer) -> None:
+        record = self.record(SpoolAction.HELD)
+        record.error_type, record.failure = ErrorType.INTERNAL, "it was part of too many crashes"
+        observer.spool_acted(record)
+        extra = {"spool_id": self.message_id, **trace_fields(self.carrier)}
+        logger.critical("message held: being delivered during repeated crashes", extra=extra)
+
     def record(self, action: SpoolAction) -> TransactionRecord:
         """The record of what happened to the message; if it ended or waits, with each recipient's last reply."""
         record = TransactionRecord.resumed(
@@ -112,7 +125,7 @@ class Deed:
             attempt=self.attempts,
         )
         record.action = action
-        record.operator = self.operator or None
+        record.operator = None if self.operator == CRASHES else self.operator
         fates = []
         if action in (SpoolAction.HELD, SpoolAction.REMOVED):
             fates = [(Recipient(address), Fate(action), parsed(last)) for address, last in self.recipients]
@@ -122,8 +135,4 @@ class Deed:
 
 def note_crashes(held: MessageView, observer: Observer) -> None:
     """Report a message held because it was being delivered during too many crashes."""
-    record = Deed.of("hold", "", held).record(SpoolAction.HELD)
-    record.error_type, record.failure = ErrorType.INTERNAL, "it was part of too many crashes"
-    observer.spool_acted(record)
-    extra = {"spool_id": held.id, **trace_fields(held.carrier)}
-    logger.critical("message held: being delivered during repeated crashes", extra=extra)
+    Deed.of("hold", CRASHES, held).note(observer)

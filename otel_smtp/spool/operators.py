@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from otel_smtp.observing import Observer
-from otel_smtp.spool.deeds import Deed, operator_name
+from otel_smtp.spool.deeds import CRASHES, Deed, note_crashes, operator_name
 from otel_smtp.spool.messages import (
     OUTCOME_PREFIX,
     ContentLost,
@@ -118,15 +118,14 @@ class Operations:
     """The operators' commands.
 
     Args:
-        runner: works on the queue, and reports operators' changes; None: there is none here, and only this process's
-            log reports them.
+        runner: works on the queue, and reports operators' changes.
         max_age_seconds: the new lifetime of a message after `reset`.
 
     Attributes:
         outcomes_changed: called when an operator has changed some.
     """
 
-    def __init__(self, store: Store, runner: Woken | None, *, max_age_seconds: float) -> None:
+    def __init__(self, store: Store, runner: Woken, *, max_age_seconds: float) -> None:
         self._store = store
         self._runner = runner
         self._max_age_seconds = max_age_seconds
@@ -256,11 +255,12 @@ class Operations:
                     yield {"queue_id": message_id, "error": str(error)}
                 continue
             if changed:
-                deed = Deed.of(command, operator, before)
-                self._runner.note(deed.as_text()) if self._runner is not None else deed.note(Observer())
+                self._runner.note(Deed.of(command, operator, before).as_text())
             yield {"queue_id": message_id, "changed": bool(changed)}
-        if self._runner is not None:
-            self._runner.look_soon() if command == "expire" else self._runner.wake()
+        if command == "expire":
+            self._runner.look_soon()
+        else:
+            self._runner.wake()
         self.outcomes_changed()
 
     def _do(self, command: str, message_id: str) -> Awaitable[int]:
@@ -458,11 +458,40 @@ async def _do_here(store: Store, request: Answer, *, max_age_seconds: float) -> 
         logger.critical("queued contents missing", extra={"spool_ids": list(recovery.lost)})
     for alarm in recovery.alarms:
         logger.critical(alarm)
+    told = KeptDeeds()
     try:
-        async for answer in Operations(store, None, max_age_seconds=max_age_seconds).run(request):
+        for message_id in recovery.held:
+            held = await store.show(message_id)
+            note_crashes(held, Observer())
+            await store.tell_deed(Deed.of("hold", CRASHES, held).as_text())
+        async for answer in Operations(store, told, max_age_seconds=max_age_seconds).run(request):
+            for deed in told.deeds:
+                await store.tell_deed(deed)
+            told.deeds.clear()
             yield answer
     finally:
         await store.close()
+
+
+class KeptDeeds:
+    """What the next gateway is to report."""
+
+    def __init__(self) -> None:
+        self.deeds: list[str] = []
+
+    def wake(self, destinations: Sequence[str] = ()) -> None:
+        """Nobody attempts anything."""
+
+    def look_soon(self) -> None:
+        """Nor ends anything."""
+
+    def note(self, deed: str) -> None:
+        """The log of this process has it, too."""
+        Deed.parse(deed).note(Observer())
+        self.deeds.append(deed)
+
+    def note_crashes(self, message_ids: Sequence[str]) -> None:
+        """See `_do_here`: they are known at once."""
 
 
 @contextlib.contextmanager

@@ -108,6 +108,8 @@ class Spool:
                 "queued mail found",
                 extra={"messages": recovery.messages, "interrupted_attempts": recovery.interrupted},
             )
+        for deed in await self.store.take_deeds():
+            self.runner.note(deed)
         for message_id in recovery.held:
             note_crashes(await self.store.show(message_id), self._observer)
         for message_id in recovery.lost:

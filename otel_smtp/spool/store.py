@@ -382,6 +382,18 @@ class Store(Protocol):
         """The gateways that share the queue; None: it is one gateway's own."""
         ...
 
+    async def tell_deed(self, deed: str) -> None:
+        """Have a gateway of this queue report what an operator did: one that runs, or where none may, the next one.
+
+        Args:
+            deed: see `deeds.Deed.as_text`, in ASCII characters.
+        """
+        ...
+
+    async def take_deeds(self) -> Sequence[str]:
+        """What operators did while no gateway ran, to be reported from here; it is given once."""
+        ...
+
     async def rebuild(self) -> Rebuilt:
         """Put back messages that were set aside and are readable: held, since they may have been delivered."""
         ...

@@ -112,6 +112,12 @@ class MemoryStore:
     async def company(self) -> None:
         pass
 
+    async def tell_deed(self, deed: str) -> None:
+        """See `Store.tell_deed`: nobody shares it."""
+
+    async def take_deeds(self) -> Sequence[str]:
+        return ()
+
     def watch(self, woken: Woken) -> None:
         pass
 

@@ -43,15 +43,20 @@ class ResumedDeliveries(Observer):
 
     Attributes:
         attempts: those of the spool, by the record of each message's attempt, in the order of their ends.
+        acted: what operators did, and what else befell messages without an attempt.
     """
 
     def __init__(self) -> None:
+        self.acted: list[TransactionRecord] = []
         self.ended: list[DeliveryRecord] = []
         self._transactions: list[TransactionRecord] = []  # a delivery does not keep its own
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         self.ended.append(delivery)
         self._transactions.append(delivery.transaction)
+
+    def spool_acted(self, transaction: TransactionRecord) -> None:
+        self.acted.append(transaction)
 
     def carrier(self, transaction: TransactionRecord) -> Mapping[str, str]:
         return CARRIER

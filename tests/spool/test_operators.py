@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 
 from otel_smtp.spool.embedded import EmbeddedStore, ask
+from otel_smtp.spool.embedded.store import CRASHES_ALLOWED
 from otel_smtp.spool.messages import Kind as MessageKind
 from otel_smtp.spool.messages import MessageView, NoSuchMessage, SpoolError
 from otel_smtp.spool.operators import COMMANDS, MOST_CONVERSATIONS, MOST_REQUEST_OCTETS, Answer
-from tests.spool.messages import BODY, HEADER, TRACE_ID, message, queued
+from tests.spool.messages import BODY, HEADER, TRACE_ID, leased, message, queued
 from tests.spool.queueing import NEVER_AGAIN, eventually, queueing
 from tests.support.relaying import BOB, settings
 from tests.support.upstream import Fault, Kind, Phase, ScriptedUpstream
@@ -48,6 +50,50 @@ async def test_a_list_without_a_gateway(tmp_path: Path) -> None:
         assert first["recipients"] == [{"address": "user0@example.net", "state": "ready"}]
         assert first["message_size"] == len(HEADER + BODY)
         assert first["trace_id"] == TRACE_ID
+
+
+async def test_what_is_done_without_a_gateway_is_reported_by_the_next_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with filled(tmp_path / "spool") as ids, ScriptedUpstream() as upstream:
+        await asked(tmp_path / "spool", "delete", ids[0], operator="ann")
+        await asked(tmp_path / "spool", "hold", ids[1], operator="bob")
+        assert [line.getMessage() for line in caplog.records] == ["queued message changed by an operator"]
+        for reported in ([(ids[0], "removed", "ann", 1), (ids[1], "held", "bob", 1)], []):
+            caplog.clear()
+            async with queueing(tmp_path, settings(upstream), schedule=NEVER_AGAIN) as queue:
+                told = [(one.spool_id, str(one.action), one.operator, len(one.refused)) for one in queue.observer.acted]
+                assert told == reported
+                lines = [
+                    line for line in caplog.records if line.getMessage() == "queued message changed by an operator"
+                ]
+                assert len(lines) == (1 if reported else 0), "at warning, that of the removal"
+            assert not [line for line in caplog.records if "not ours" in line.getMessage()]
+
+
+async def test_what_a_command_finds_to_be_part_of_too_many_crashes_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = "message held: being delivered during repeated crashes"
+    async with filled(tmp_path / "spool", 1) as (poison,), ScriptedUpstream() as upstream:
+        for crash in range(CRASHES_ALLOWED):
+            store = EmbeddedStore(tmp_path / "spool", least_free_octets=0)
+            await store.open()
+            await leased(store)
+            without = shutil.ignore_patterns("LOCK", "spare*", "*reserve")
+            shutil.copytree(tmp_path / "spool", tmp_path / f"crashed{crash}", ignore=without)
+            await store.close()
+            shutil.rmtree(tmp_path / "spool")
+            (tmp_path / f"crashed{crash}").rename(tmp_path / "spool")
+        (listed,) = await asked(tmp_path / "spool", "list")
+        assert listed["queue_name"] == "hold"
+        assert [line.getMessage() for line in caplog.records] == [held]
+        caplog.clear()
+        async with queueing(tmp_path, settings(upstream), schedule=NEVER_AGAIN) as queue:
+            assert [(one.spool_id, str(one.action), one.operator) for one in queue.observer.acted] == [
+                (poison, "held", None)
+            ]
+            assert held in [line.getMessage() for line in caplog.records]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@
     tmp/           contents that are being received
     index.db       for what waits and for operators; made again out of the log where it is missing
     moving         into which other store its messages are being moved, while they are
+    deeds          what operators did while no gateway ran, until the next one reports it
     limits         how far the rates of upstreams are used up: see `gateway.kept_limits`
     index.reserve  room for the index's write-ahead log, while it has none
     lost+found/    what was damaged or is unknown, for `otel-smtp queue rebuild` and for people to look at
@@ -37,6 +38,7 @@ from otel_smtp.spool.embedded.files import (
     read_or_zeros,
     storage_error,
     sync_directory,
+    write_all,
     write_all_at,
     write_zeros,
 )
@@ -48,7 +50,7 @@ _REMOTE_FILE_SYSTEMS: Final = frozenset(
 )
 _DIRECTORIES: Final = ("log", "large", "tmp", "lost+found")
 INDEX_FILES: Final = ("index.db", "index.db-wal", "index.db-shm", "index.db-journal")
-_FILES: Final = ("LOCK", *INDEX_FILES, "index.reserve", "moving", "limits", "limits.new")
+_FILES: Final = ("LOCK", *INDEX_FILES, "index.reserve", "moving", "deeds", "limits", "limits.new")
 # Of the first version, until its mail is carried over.
 _BEFORE: Final = frozenset({"spool.db", "spool.db-wal", "spool.db-shm", "body", "reserve", "clean"})
 _SPARES: Final = ("spare", "reserve")  # in the log's directory; `-` and a number follow where a name is not ours to use
@@ -56,6 +58,7 @@ _MAKING: Final = ".new"
 _NO_MAIL: Final = ("torn-", "index.db")  # no client was answered for it; it is rebuilt from the log
 _SECTOR: Final = 4096
 _PID_OCTETS: Final = 32
+_DEEDS_OCTETS: Final = 4 * 1024 * 1024  # beyond, the command's own log has to do
 # Errors of this process or this moment, not of the file that was to be read.
 _PASSING: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
 
@@ -491,6 +494,33 @@ class SpoolDirectory:
         """
         (self.path / "moving").unlink(missing_ok=True)
         sync_directory(self.path)
+
+    # What operators did -----------------------------------------------------------------------------------------
+
+    def keep_deed(self, deed: str) -> None:
+        """Keep a line for the next gateway, as far as there is room."""
+        with contextlib.suppress(OSError):
+            file = open_regular(self.path / "deeds", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            try:
+                if os.fstat(file).st_size < _DEEDS_OCTETS:
+                    write_all(file, f"{deed}\n".encode("ascii"))
+            finally:
+                os.close(file)
+
+    def take_deeds(self) -> list[str]:
+        """The lines that were kept; they are not kept any longer."""
+        path = self.path / "deeds"
+        try:
+            file = open_regular(path, os.O_RDONLY)
+        except OSError:
+            return []
+        with open(file, encoding="ascii", errors="replace") as lines:
+            kept = lines.read().splitlines()
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return kept
+
+    # ------------------------------------------------------------------------------------------------------------
 
     def give_up(self, path: Path) -> None:
         """Archive kept files that cannot be put back, once people know about them."""

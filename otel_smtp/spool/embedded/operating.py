@@ -1,5 +1,6 @@
 """Operators' queries and commands."""
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -141,6 +142,14 @@ class EmbeddedOperating(EmbeddedParts):
         ended = {end_name(entry.kind, End.REMOVED): recipients}
         await self.journal.change(entry, None, ended)
         return recipients
+
+    async def tell_deed(self, deed: str) -> None:
+        """See `Store.tell_deed`: it is kept in a file."""
+        await asyncio.to_thread(self.directory.keep_deed, deed)
+
+    async def take_deeds(self) -> Sequence[str]:
+        """See `Store.take_deeds`."""
+        return await asyncio.to_thread(self.directory.take_deeds)
 
 
 def _count(entry: Entry, counted: dict[str, Any], now_ms: int) -> None:

@@ -165,12 +165,12 @@ class PostgresqlOperating(PostgresqlParts):
             lambda connection: connection.execute("SELECT pg_notify($1, $2)", channel(self._place), what)
         )
 
-    async def tell_deed(self, deed: str) -> None:
-        """Let one gateway of the queue report an operator's deed, in pieces, as notifications are short.
+    async def take_deeds(self) -> Sequence[str]:
+        """See `Store.take_deeds`: who is not there is not told."""
+        return ()
 
-        Args:
-            deed: see `deeds.Deed.as_text`, in ASCII characters.
-        """
+    async def tell_deed(self, deed: str) -> None:
+        """See `Store.tell_deed`: a notification is short, so it comes in pieces."""
         pieces = [deed[start : start + MOST_TOLD] for start in range(0, len(deed), MOST_TOLD)]
         name = uuid.uuid4().hex
         heads = [f"{DEED}{name} {len(pieces)} " for _ in pieces]

@@ -13,7 +13,7 @@ from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.spool.embedded import EmbeddedStore, ask
 from otel_smtp.spool.embedded.aside import found_in
 from otel_smtp.spool.messages import DeliveryState, End, Verdict
-from otel_smtp.spool.operators import ControlSocket, Operations
+from otel_smtp.spool.operators import ControlSocket, KeptDeeds, Operations
 from tests.spool.embedded.books import books, recount
 from tests.spool.embedded.test_recovery import ids_in, left_by_a_crash, opened, segments
 from tests.spool.messages import BODY, CARRIER, HEADER, leased, message, queued
@@ -76,7 +76,7 @@ async def test_it_is_put_back_beside_a_running_gateway_and_counted_once(store: E
     data = segment.read_bytes()
     segment.write_bytes(data.replace(f'"{large}'.encode(), f'"X{large[1:]}'.encode()))
     async with opened(path) as (after, _):
-        control = ControlSocket(path / "control", Operations(after, None, max_age_seconds=60.0))
+        control = ControlSocket(path / "control", Operations(after, KeptDeeds(), max_age_seconds=60.0))
         await control.start()
         try:
             told = await _rebuilt(path)
