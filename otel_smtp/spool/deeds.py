@@ -21,7 +21,7 @@ logger: Final = logging.getLogger("otel_smtp.spool.operators")
 
 MOST_NAME_CHARACTERS: Final = 100
 CRASHES: Final = "\n"
-"""In the place of an operator, who cannot have that name: the message was part of too many crashes."""
+"""Stands for the operator, who cannot have this name, if a message is held because of repeated crashes."""
 
 _ACTIONS: Final = {
     "hold": SpoolAction.HELD,

@@ -474,24 +474,24 @@ async def _do_here(store: Store, request: Answer, *, max_age_seconds: float) -> 
 
 
 class KeptDeeds:
-    """What the next gateway is to report."""
+    """Operators' changes, for the next gateway to report."""
 
     def __init__(self) -> None:
         self.deeds: list[str] = []
 
     def wake(self, destinations: Sequence[str] = ()) -> None:
-        """Nobody attempts anything."""
+        """No runner works on the queue."""
 
     def look_soon(self) -> None:
-        """Nor ends anything."""
+        """As above."""
 
     def note(self, deed: str) -> None:
-        """The log of this process has it, too."""
+        """Log it here, and keep it."""
         Deed.parse(deed).note(Observer())
         self.deeds.append(deed)
 
     def note_crashes(self, message_ids: Sequence[str]) -> None:
-        """See `_do_here`: they are known at once."""
+        """See `_do_here`, which reports them."""
 
 
 @contextlib.contextmanager

@@ -383,7 +383,7 @@ class Store(Protocol):
         ...
 
     async def tell_deed(self, deed: str) -> None:
-        """Have a gateway of this queue report what an operator did: one that runs, or where none may, the next one.
+        """Have a gateway of this queue report an operator's change: one that runs, or else the next one to start.
 
         Args:
             deed: see `deeds.Deed.as_text`, in ASCII characters.
@@ -391,7 +391,7 @@ class Store(Protocol):
         ...
 
     async def take_deeds(self) -> Sequence[str]:
-        """What operators did while no gateway ran, to be reported from here; it is given once."""
+        """Operators' changes made while no gateway ran, for this process to report; each is returned once."""
         ...
 
     async def rebuild(self) -> Rebuilt:

@@ -27,12 +27,12 @@ Claimed = tuple[Entry, DeliveryEntry]
 
 @dataclass(slots=True)
 class _Turns:
-    """Whose turn it is, at one destination.
+    """Whose turn it is at one destination.
 
     Attributes:
-        is_old_first: what was tried before is.
-        is_anyone_first: a sender whose turn it is comes before what is due first.
-        after: the last sender that had a turn, of new mail and of mail tried before; None: the first one is next.
+        is_old_first: retried deliveries come before new ones.
+        is_anyone_first: the next senders by name come before the deliveries that are due first.
+        after: the last sender that had its turn, by whether its delivery was tried before; None: start with the first.
     """
 
     is_old_first: bool = False
@@ -142,7 +142,7 @@ class Claiming:
                 turns.after[was_tried] = after
             elif taken:
                 turns.after[was_tried] = taken[-1][3]
-        # Where there is room for one at a time, the other one is next.
+        # If there is room for only one at a time, the next claim begins with the others.
         turns.is_anyone_first ^= turns.is_old_first
         turns.is_old_first = not turns.is_old_first
         chosen: list[Claimed] = []

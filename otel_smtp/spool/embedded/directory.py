@@ -9,7 +9,7 @@
     tmp/           contents that are being received
     index.db       for what waits and for operators; made again out of the log where it is missing
     moving         into which other store its messages are being moved, while they are
-    deeds          what operators did while no gateway ran, until the next one reports it
+    deeds          operators' changes made while no gateway ran, until the next one reports them
     limits         how far the rates of upstreams are used up: see `gateway.kept_limits`
     index.reserve  room for the index's write-ahead log, while it has none
     lost+found/    what was damaged or is unknown, for `otel-smtp queue rebuild` and for people to look at
@@ -58,7 +58,7 @@ _MAKING: Final = ".new"
 _NO_MAIL: Final = ("torn-", "index.db")  # no client was answered for it; it is rebuilt from the log
 _SECTOR: Final = 4096
 _PID_OCTETS: Final = 32
-_DEEDS_OCTETS: Final = 4 * 1024 * 1024  # beyond, the command's own log has to do
+_DEEDS_OCTETS: Final = 4 * 1024 * 1024  # further changes are only in the command's own log
 # Errors of this process or this moment, not of the file that was to be read.
 _PASSING: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
 
@@ -498,7 +498,7 @@ class SpoolDirectory:
     # What operators did -----------------------------------------------------------------------------------------
 
     def keep_deed(self, deed: str) -> None:
-        """Keep a line for the next gateway, as far as there is room."""
+        """Keep a line for the next gateway, if there is room."""
         with contextlib.suppress(OSError):
             file = open_regular(self.path / "deeds", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             try:
@@ -508,7 +508,7 @@ class SpoolDirectory:
                 os.close(file)
 
     def take_deeds(self) -> list[str]:
-        """The lines that were kept; they are not kept any longer."""
+        """Return the lines that were kept, and forget them."""
         path = self.path / "deeds"
         try:
             file = open_regular(path, os.O_RDONLY)

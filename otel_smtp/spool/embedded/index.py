@@ -26,8 +26,8 @@ BUSY_SECONDS: Final = 5.0  # how long to wait while another process has it locke
 WAL_OCTETS: Final = 8 * 1024 * 1024  # twice its size when SQLite writes it back and starts over
 _WAL_HEAD_OCTETS: Final = 32
 _ROWS_AT_ONCE: Final = 200
-_SENDERS_FOR_ONE: Final = 8  # are looked at, as those may be the ones of which nothing is due
-_KNOWN_MOST: Final = 100  # of one sender, that may be passed over for those that are known better
+_SENDERS_FOR_ONE: Final = 8  # senders looked at to find one with due mail
+_KNOWN_MOST: Final = 100  # rows of one sender that are looked at: its first ones may be known to the caller
 _OUTCOME: Final = f"destination >= '{OUTCOME_PREFIX}' AND destination < '{OUTCOME_PREFIX[:-1]}!'"
 _IS_OUTCOME: Final = f"EXISTS (SELECT 1 FROM delivery WHERE delivery.id = message.id AND {_OUTCOME})"  # noqa: S608
 
@@ -161,8 +161,8 @@ class Index:
         elif version != VERSION:
             raise NoIndex(f"it is of version {version}")
         else:
-            with contextlib.suppress(sqlite3.OperationalError):  # a full disk: without it, it takes longer
-                execute(_SENDER_INDEX.replace("INDEX", "INDEX IF NOT EXISTS"))  # one of an earlier release has none
+            with contextlib.suppress(sqlite3.OperationalError):  # a full disk: queries are slower without it
+                execute(_SENDER_INDEX.replace("INDEX", "INDEX IF NOT EXISTS"))  # an earlier release made none
 
     def check(self, *, thoroughly: bool) -> None:
         """See whether it is whole.
@@ -389,14 +389,14 @@ class Index:
         after: str | None,
         is_known: Callable[[str], bool],
     ) -> tuple[list[tuple[int, str, int, str]], str | None]:
-        """Of each of the next senders, in the order of their names, the delivery that is due first.
+        """The first due delivery of each of the next senders, in the order of their names.
 
         Args:
-            after: the sender to go on behind; None: from the first one on.
-            is_known: as for `due`.
+            after: continue with the sender that follows; None: start with the first.
+            is_known: see `due`.
 
         Returns:
-            What was found, and where to go on; None: that was the last one.
+            The deliveries, and the last sender that was looked at; None: there are no more senders.
         """
         found: list[tuple[int, str, int, str]] = []
         which = (destination, int(was_tried))

@@ -189,7 +189,7 @@ def clock_meta(place: Position) -> dict[str, int]:
 
 
 def tally_meta(tally: Mapping[str, int], place: Position, markers: Mapping[int, bytes]) -> dict[str, int | str]:
-    """What the index is to say of the tally as it was at a place in the log: damage before that does not change it."""
+    """The index's record of the tally at a place in the log: damage to earlier records does not change it."""
     segment, at = place
     marker = markers.get(segment, b"").hex()
     return {"tally": dumps(tally), "tally_segment": segment, "tally_at": at, "tally_marker": marker}

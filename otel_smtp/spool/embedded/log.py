@@ -310,7 +310,7 @@ class Log:
                 self._timings.append((verb, seconds, items))
                 items = 0
         with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any more
-            # A copy: this thread counts on.
+            # A copy, since this thread goes on counting.
             self._loop.call_soon_threadsafe(self._tell, outcomes, (self._number, self._at), dict(self.tally))
 
     def _tell(self, outcomes: Sequence[Outcome], told: tuple[int, int], tally: Mapping[str, int]) -> None:

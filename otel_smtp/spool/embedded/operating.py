@@ -144,7 +144,7 @@ class EmbeddedOperating(EmbeddedParts):
         return recipients
 
     async def tell_deed(self, deed: str) -> None:
-        """See `Store.tell_deed`: it is kept in a file."""
+        """See `Store.tell_deed`: a file keeps it."""
         await asyncio.to_thread(self.directory.keep_deed, deed)
 
     async def take_deeds(self) -> Sequence[str]:

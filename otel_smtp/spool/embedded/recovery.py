@@ -106,8 +106,8 @@ class _Recovery:
         self._markers: dict[int, bytes] = {}
         self._ends: dict[int, int] = {}
         self._tally: dict[str, int] = {}
-        self._tally_place = (0, FIRST)  # up to where the index has counted; or the first segment that is counted
-        self._has_lost_records = False  # among those that are counted
+        self._tally_place = (0, FIRST)  # the tally is counted from here on
+        self._has_lost_records = False  # behind that place
         self._touched: dict[str, Entry | None] = {}
         self._corrupt: list[str] = []
         self._newly_lost: list[str] = []
@@ -317,11 +317,11 @@ class _Recovery:
     # The tally -------------------------------------------------------------------------------------------------
 
     def _begin_tally(self, numbers: Sequence[int], meta: Mapping[str, Any]) -> None:
-        """Begin to count where the index had counted up to, which no damage to the log before that can change; else
-        with the last segment, whose first record says what came before it.
+        """Start from the tally in the index, which damage to earlier records cannot change; or else with the last
+        segment, whose first record has the tally up to there.
 
         Args:
-            meta: the index's; nothing where it is new.
+            meta: the index's; empty if the index is new.
         """
         segment = int(meta.get("tally_segment", 0))
         is_of_this_log = segment not in self._markers or self._markers[segment].hex() == meta.get("tally_marker")
@@ -333,7 +333,7 @@ class _Recovery:
             self._tally_place = (first, FIRST)
 
     def _beginning(self, number: int) -> dict[str, Any] | None:
-        """What the first record of a segment says of those before; None: it is damaged."""
+        """What the first record of a segment says about earlier segments; None: it is damaged."""
         path = self._directory.segment(number)
         data = self._directory.read(path, 0, min(path.stat().st_size, 1 << 20))
         first = next(records.scan(data, self._markers[number]), None)
@@ -342,7 +342,7 @@ class _Recovery:
         return None
 
     def _count(self, record: Record) -> None:
-        """Note what a record says of the tally."""
+        """Apply a record to the tally."""
         said = json.loads(record.text)
         if record.kind == RecordKind.BEGIN:
             self._tally = dict(said["tally"])
@@ -361,11 +361,11 @@ class _Recovery:
             self._tally[name] = self._tally.get(name, 0) + recipients
 
     def _raise_tally(self) -> None:
-        """Where the record of a message is lost, and the message is not, or its end is known: it did come."""
+        """Count messages as accepted that are queued or ended, even if their own records are lost."""
         come: dict[str, int] = {}
         for kind, recipients in self._index_in_use.recipients().items():
             come[accepted_name(kind)] = come.get(accepted_name(kind), 0) + recipients
-        for kind in (Kind.MAIL, Kind.BOUNCE, Kind.OUTCOME):  # of all notices, one
+        for kind in (Kind.MAIL, Kind.BOUNCE, Kind.OUTCOME):  # all notices are counted as one kind
             name = accepted_name(kind)
             ended = sum(self._tally.get(end_name(kind, end), 0) for end in End)
             if (least := ended + come.get(name, 0)) > self._tally.get(name, 0):

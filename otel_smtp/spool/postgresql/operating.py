@@ -166,7 +166,7 @@ class PostgresqlOperating(PostgresqlParts):
         )
 
     async def take_deeds(self) -> Sequence[str]:
-        """See `Store.take_deeds`: who is not there is not told."""
+        """See `Store.take_deeds`: a notification reaches running gateways only."""
         return ()
 
     async def tell_deed(self, deed: str) -> None:
