@@ -62,6 +62,9 @@ _OTLP: Final = "OTEL_EXPORTER_OTLP"
 _BATCHES: Final = {Signal.TRACES: "OTEL_BSP", Signal.LOGS: "OTEL_BLRP"}
 _DELAY_MILLISECONDS: Final = {Signal.TRACES: 5000, Signal.LOGS: 1000}
 _METRICS_INTERVAL_MILLISECONDS: Final = 60_000
+_TIMEOUT: Final = re.compile(r"OTEL_\w+_TIMEOUT")
+_ZERO: Final = re.compile(r"\s*[-+]?0*\.?0*(?:[eE][-+]?\d+)?\s*")
+_NO_LIMIT: Final = 2.0**31  # milliseconds as well as seconds
 _METRICS_TIMEOUT_MILLISECONDS: Final = 30_000
 _DEFAULT_BATCHES: Final = BatchSettings()
 # Plug-ins for the SDK's exporter to authenticate (a cloud's identity). Only that exporter can use them.
@@ -258,7 +261,7 @@ def own_resource(worker: int | None = None, *, version: str = "") -> Resource:
 
 
 def _text(value: T) -> T:
-    """A value that the metrics page and OTLP can hold: what is not UTF-8 in the environment is lone surrogates here."""
+    """A value that pages, log lines and OTLP can hold: what is not UTF-8 in the environment is lone surrogates here."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value  # type: ignore[return-value]
 
 
@@ -266,9 +269,11 @@ def _text(value: T) -> T:
 def without(problems: Iterable[VariableProblem]) -> Iterator[None]:
     """Hide unusable variables of the process's environment inside the context.
 
-    For the SDK's exporters, which read it themselves and raise at some values. Lists and files stay.
+    For the SDK's exporters, which read it themselves and raise at some values, as at a timeout of 0. Lists and files
+    stay.
     """
     names = {problem.variable for problem in problems if not problem.variable.endswith(_KEPT)}
+    names |= {name for name, value in os.environ.items() if _TIMEOUT.fullmatch(name) and _ZERO.fullmatch(value)}
     taken = {name: os.environ.pop(name) for name in names & os.environ.keys()}
     try:
         yield
@@ -313,7 +318,7 @@ class _Reading:
         return self._environ.get(variable, "").strip()
 
     def _unusable(self, variable: str, value: str, allowed: str) -> None:
-        self._problems[variable] = VariableProblem(variable, value, allowed)
+        self._problems[variable] = VariableProblem(variable, _text(value), allowed)
 
     def _flag(self, variable: str) -> bool:
         value = self._value(variable)
@@ -327,12 +332,14 @@ class _Reading:
             self._unusable(variable, value, ", ".join(choices))
         return choices.get(value.lower())
 
-    def _milliseconds(self, variable: str, default: int) -> float:
+    def _milliseconds(self, variable: str, default: int, *, is_timeout: bool = False) -> float:
         """The variable in seconds."""
-        number = self._number(variable)
+        number = self._number(variable, is_timeout=is_timeout)
         return (default if number is None else number) / 1000
 
-    def _number(self, variable: str) -> float | None:
+    def _number(self, variable: str, *, is_timeout: bool = False) -> float | None:
+        """The variable as it is; None where it is unset or cannot be used. A timeout of 0 means none
+        (OpenTelemetry's "Common Configuration Specification", "Timeout")."""
         value = self._value(variable)
         if not value:
             return None
@@ -342,7 +349,9 @@ class _Reading:
             number = math.nan
         if 0 < number < 1e9:
             return number
-        self._unusable(variable, value, "a number above 0")
+        if is_timeout and number == 0:
+            return _NO_LIMIT
+        self._unusable(variable, value, "a number of 0 and more" if is_timeout else "a number above 0")
         return None
 
     def _count(self, variable: str, default: int) -> int:
@@ -438,12 +447,12 @@ class _Reading:
         )
 
     def _batches(self, signal: Signal, metrics_interval_seconds: float) -> BatchSettings:
-        request_seconds = self._first_number(signal, "TIMEOUT") or _DEFAULT_BATCHES.request_seconds
+        request_seconds = self._first_timeout(signal) or _DEFAULT_BATCHES.request_seconds
         if signal is Signal.METRICS:  # which go in one request, at an interval
             # Capped for the reason below; not at less than a second, which a busy collector may take.
             longest = min(
                 max(metrics_interval_seconds, 1.0),
-                self._milliseconds(OTEL_METRIC_EXPORT_TIMEOUT, _METRICS_TIMEOUT_MILLISECONDS),
+                self._milliseconds(OTEL_METRIC_EXPORT_TIMEOUT, _METRICS_TIMEOUT_MILLISECONDS, is_timeout=True),
             )
             return BatchSettings(request_seconds=min(request_seconds, longest))
         prefix = _BATCHES[signal]
@@ -456,7 +465,7 @@ class _Reading:
                 f"{prefix}_MAX_EXPORT_BATCH_SIZE", str(batch), f"a number up to {prefix}_MAX_QUEUE_SIZE, {queue}"
             )
             batch = usual
-        export_seconds = self._milliseconds(f"{prefix}_EXPORT_TIMEOUT", 30_000)
+        export_seconds = self._milliseconds(f"{prefix}_EXPORT_TIMEOUT", 30_000, is_timeout=True)
         return BatchSettings(
             queue_spans=queue,
             batch_spans=batch,
@@ -481,8 +490,8 @@ class _Reading:
                 self._unusable(variable, path, "the path of a file that this user can read")
         return next(filter(None, paths.values()), "")
 
-    def _first_number(self, signal: Signal, what: str) -> float | None:
-        numbers = [self._number(variable) for variable in _both(signal, what)]
+    def _first_timeout(self, signal: Signal) -> float | None:
+        numbers = [self._number(variable, is_timeout=True) for variable in _both(signal, "TIMEOUT")]
         return next((one for one in numbers if one is not None), None)
 
     def _first_flag(self, signal: Signal) -> bool:
@@ -549,6 +558,8 @@ def _both(signal: Signal, what: str) -> tuple[str, str]:
 def _is_endpoint(value: str, protocol: Protocol) -> bool:
     """Whether it is a URL or, for gRPC, host and port, or a name in one of its library's forms."""
     is_grpc = protocol is Protocol.GRPC
+    if _text(value) != value:
+        return False
     if is_grpc and value.startswith(("dns:", "unix:", "ipv4:", "ipv6:")):
         return True
     try:

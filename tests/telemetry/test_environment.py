@@ -73,12 +73,19 @@ BATCH: list[tuple[dict[str, str], str, float]] = [
     ({"OTEL_BSP_EXPORT_TIMEOUT": "1500"}, "export_seconds", 1.5),
     ({OTLP + "TIMEOUT": "3"}, "request_seconds", 3.0),  # seconds
     ({OTLP + "TIMEOUT": "3", TRACES + "TIMEOUT": "4.5"}, "request_seconds", 4.5),
+    # 0: no limit; of one request, what its batch has.
+    ({OTLP + "TIMEOUT": "0"}, "request_seconds", 30.0),
+    ({OTLP + "TIMEOUT": "3", TRACES + "TIMEOUT": "0.0", "OTEL_BSP_EXPORT_TIMEOUT": "50000"}, "request_seconds", 50.0),
+    ({"OTEL_BSP_EXPORT_TIMEOUT": "0"}, "export_seconds", 2.0**31 / 1000),
+    ({"OTEL_BSP_EXPORT_TIMEOUT": "0"}, "request_seconds", 10.0),
 ]
 
 
 @pytest.mark.parametrize(("environ", "field", "value"), BATCH)
 def test_a_variable_sets_how_spans_travel(environ: dict[str, str], field: str, value: float) -> None:
-    assert getattr(read({"OTEL_TRACES_EXPORTER": "otlp", **environ}).traces.batches, field) == value
+    asked = read({"OTEL_TRACES_EXPORTER": "otlp", **environ})
+    assert getattr(asked.traces.batches, field) == value
+    assert asked.problems == ()
 
 
 # Each variable that is read: a good value, a bad one, what the good one makes of `shown`, and what it is without.
@@ -142,7 +149,7 @@ VARIABLES: list[tuple[str, str, str, Shown, object, object]] = [
             (
                 f"{OTLP}{name.upper()}_TIMEOUT",
                 "2.5",
-                "0",
+                "-1",
                 lambda asked, name=name: getattr(asked, name).batches.request_seconds,
                 2.5,
                 10.0,
@@ -345,8 +352,10 @@ def test_the_sdks_exporters_do_not_see_what_cannot_be_used(monkeypatch: pytest.M
     monkeypatch.setenv(OTLP + "TIMEOUT", "3")
     monkeypatch.setenv(OTLP + "HEADERS", "a=b,wrong")
     monkeypatch.setenv(OTLP + "CERTIFICATE", "/no/such.pem")
+    monkeypatch.setenv("OTEL_BSP_EXPORT_TIMEOUT", " 0.0")
     with without(read().problems):
         assert "OTEL_BSP_SCHEDULE_DELAY" not in os.environ
+        assert "OTEL_BSP_EXPORT_TIMEOUT" not in os.environ
         assert os.environ[OTLP + "TIMEOUT"] == "3"
         assert os.environ[OTLP + "HEADERS"] == "a=b,wrong"
         assert os.environ[OTLP + "CERTIFICATE"] == "/no/such.pem"  # it may be there at the next export
@@ -474,3 +483,18 @@ def test_no_variable_keeps_the_package_from_being_imported() -> None:
     code = "import os, otel_smtp.gateway; print(os.environ['OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT'])"
     ran = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
     assert (ran.stdout, ran.stderr) == ("no such thing\n", "")
+
+
+NO_TEXT = "\udce4"  # an octet that is not UTF-8, as the environment of a process has it
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_an_endpoint_that_is_not_utf_8_is_no_endpoint(protocol: str) -> None:
+    variables = {OTLP + "PROTOCOL": protocol, OTLP + "ENDPOINT": f"http://c/{NO_TEXT}"}
+    asked = read({**variables, "OTEL_TRACES_SAMPLER": NO_TEXT, "OTEL_BSP_SCHEDULE_DELAY": NO_TEXT})
+    assert [problem.variable for problem in asked.problems] == [
+        OTLP + "ENDPOINT", "OTEL_BSP_SCHEDULE_DELAY", "OTEL_TRACES_SAMPLER"
+    ]  # fmt: skip
+    assert asked.collectors == ()
+    for shown in (asked.describe_traces(), *map(str, asked.problems)):
+        assert shown.encode()
