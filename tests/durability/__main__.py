@@ -44,6 +44,7 @@ def main() -> int:
     )
     model.add_argument("--transactions", type=int, default=20_000, help="in each mode")
     model.add_argument("--mode", choices=MODES, action="append", help="default: all")
+    model.add_argument("--workers", type=int, default=2, help="in the modes without a queue")
     model.add_argument("--seed", type=int, default=1)
     gateways = commands.add_parser("gateways", help="several on one queue: kill -9, and stops longer than their leases")
     gateways.add_argument("--kills", type=int, default=10)
@@ -130,7 +131,8 @@ def main() -> int:
             for mode in arguments.mode or MODES:
                 run = run_model(
                     mode, arguments.transactions, directory / mode,
-                    seed=arguments.seed, tell=lambda line: print(line, file=sys.stderr, flush=True),
+                    seed=arguments.seed, workers=arguments.workers,
+                    tell=lambda line: print(line, file=sys.stderr, flush=True),
                 )  # fmt: skip
                 print(run.told(), *run.found(), sep="\n", flush=True)
                 is_right &= run.is_right

@@ -8,10 +8,14 @@ What is claimed, for each copy (a message for one recipient):
   was told that a message is refused that was delivered, without a word of doubt ("outcome unknown", "taken for"); or
   one was delivered that its client never finished; or a part was delivered for the whole.
 * unmarked: it was delivered more than once, and no attempt was logged as one that the upstream may have already.
+
+And of the gateway: a drain ends it with status 0, whatever other signals it gets, and nothing is on its stderr but log
+lines, none of which reports a fault of ours.
 """
 
 import contextlib
 import json
+import os
 import random
 import signal
 import socket
@@ -55,6 +59,7 @@ class Model:
         unfinished: copies whose client vanished before the end, or whose recipient was refused.
         marked: trace ids of attempts that were logged as possible duplicates.
         tally, left: the gateway's books, and what it has at the end.
+        misbehaviour: what a gateway did that it must not, in words.
     """
 
     mode: str
@@ -65,6 +70,7 @@ class Model:
     unfinished: set[Copy] = field(default_factory=set)
     marked: set[str] = field(default_factory=set)
     events: Counter[str] = field(default_factory=Counter)
+    misbehaviour: list[str] = field(default_factory=list)
     tally: dict[str, int] = field(default_factory=dict)
     left: int = 0
     seconds: float = 0.0
@@ -115,11 +121,11 @@ class Model:
     @property
     def is_right(self) -> bool:
         """Whether every claim holds."""
-        return not (self.lost or self.false or self.unmarked) and self.is_balanced
+        return not (self.lost or self.false or self.unmarked or self.misbehaviour) and self.is_balanced
 
     HEADING = (
         "| mode | seed | transactions | copies answered 250 | delivered | bounced | duplicates | kills | stops | ends "
-        "| full disks | lost | false | unmarked | books | seconds |\n" + "|---" * 16 + "|"
+        "| signals | full disks | lost | false | unmarked | misbehaviour | books | seconds |\n" + "|---" * 18 + "|"
     )
 
     def told(self) -> str:
@@ -129,12 +135,13 @@ class Model:
         return (
             f"| {self.mode} | {self.seed} | {self.transactions} | {len(self.accepted)} | {len(self.taken)} "
             f"| {len(self.bounced)} | {len(self.duplicates)} | {events['kill']} | {events['stop']} | {events['end']} "
-            f"| {events['full']} | {len(self.lost)} | {len(self.false)} | {len(self.unmarked)} | {books} "
-            f"| {self.seconds:.0f} |"
+            f"| {events['signal']} | {events['full']} | {len(self.lost)} | {len(self.false)} | {len(self.unmarked)} "
+            f"| {len(self.misbehaviour)} | {books} | {self.seconds:.0f} |"
         )
 
     def found(self) -> Iterator[str]:
         """What does not hold, some of each."""
+        yield from self.misbehaviour[:5]
         for name in ("lost", "false", "unmarked"):
             for copy in sorted(getattr(self, name))[:5]:
                 yield (
@@ -265,8 +272,9 @@ class _Conversation:
                 return text
 
 
-def _settings(mode: str, spool: Path, upstream_port: int) -> dict[str, Any]:
+def _settings(mode: str, spool: Path, upstream_port: int, workers: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
+        "workers": workers,
         "upstream.url": f"smtp://127.0.0.1:{upstream_port}",
         "upstream.timeout.reply": "2s",
         "delivery.mode": "direct" if mode in ("direct", "buffered") else mode,
@@ -281,9 +289,19 @@ def _settings(mode: str, spool: Path, upstream_port: int) -> dict[str, Any]:
 
 
 def run_model(
-    mode: str, transactions: int, directory: Path, *, seed: int = 1, tell: Callable[[str], None] = lambda _: None
+    mode: str,
+    transactions: int,
+    directory: Path,
+    *,
+    seed: int = 1,
+    workers: int = 1,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Model:
-    """Run gateways under the fault model until so many transactions were begun, and balance the books."""
+    """Run gateways under the fault model until so many transactions were begun, and balance the books.
+
+    Args:
+        workers: in the modes without a queue; a queue in a directory has one owner.
+    """
     model = Model(mode, seed)
     began = time.monotonic()
     directory.mkdir()
@@ -297,7 +315,7 @@ def run_model(
             under, disk = stack.enter_context(held_disk(directory / "disk", DISK_OCTETS))
         elif is_queueing:
             (directory / "disk").mkdir()
-        settings = _settings(mode, spool, upstream.port)
+        settings = _settings(mode, spool, upstream.port, 1 if is_queueing else workers)
         clients = _Clients(model, transactions)
         clients.start()
         number = 0
@@ -332,6 +350,7 @@ def _trouble(
     running: GatewayProcess, chance: random.Random, model: Model, is_over: threading.Event, disk: Path | None
 ) -> None:
     """Let a gateway serve for a while, with what happens to it; then kill it or end it."""
+    drained = {0}
     with contextlib.ExitStack() as stack:
         if disk is not None and chance.random() < 0.2:
             is_over.wait(0.5)
@@ -344,6 +363,14 @@ def _trouble(
                 running.signal(signal.SIGSTOP)
                 time.sleep(chance.uniform(0.0, 0.5))
                 running.signal(signal.SIGCONT)
+            elif chance.random() < 0.5:
+                model.events["signal"] += 1
+                running.signal(chance.choice((signal.SIGHUP, signal.SIGUSR2)))
+            elif (workers := sorted(running.children)) and chance.random() < 0.5:
+                model.events["kill"] += 1
+                drained.add(1)  # where that is noticed during the drain
+                with contextlib.suppress(ProcessLookupError):  # it was replaced just now
+                    os.kill(chance.choice(workers), signal.SIGKILL)
         is_over.wait(chance.uniform(0.1, 1.5))
         if chance.random() < 0.6:
             model.events["kill"] += 1
@@ -351,6 +378,8 @@ def _trouble(
         else:
             model.events["end"] += 1
             running.signal(signal.SIGTERM)
+            if (status := running.wait()) not in drained:
+                model.misbehaviour.append(f"a drain ended with status {status}: {running.stderr[-500:]}")
         running.wait()
 
 
@@ -362,7 +391,13 @@ def _running(
     run.mkdir()
     with gateway(settings, run, under=under) as process:
         yield process
-        for line in process.stderr.splitlines():
-            if "the upstream may have it already" in line:
-                with contextlib.suppress(ValueError):  # the last line of one that was killed
-                    model.marked.add(str(json.loads(line)["traceparent"]).split("-")[1])
+        *lines, last = process.stderr.split("\n")
+        for line in (*lines, last) if last.endswith("}") else lines:  # one that is killed may leave half a line
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = {"level": "none", "event": ""}
+            if "the upstream may have it already" in event["event"]:
+                model.marked.add(event["traceparent"].split("-")[1])
+            if event["level"] in ("none", "critical") or "internal error" in event["event"] or "traceback" in event:
+                model.misbehaviour.append(line)
