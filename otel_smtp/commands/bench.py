@@ -214,8 +214,9 @@ def _show(result: LoadResult, cost: GatewayCost) -> None:
     table = Table(show_header=False, box=None)
     p50, p90, p99, highest = result.percentiles_ms(50, 90, 99, 100)
     table.add_row("accepted", f"{result.accepted} in {result.seconds:.2f} s")
-    table.add_row("rate", f"{result.messages_per_second:.0f} messages/s")
-    table.add_row("latency", f"p50 {p50:.2f} ms   p90 {p90:.2f} ms   p99 {p99:.2f} ms   max {highest:.2f} ms")
+    if result.accepted:
+        table.add_row("rate", f"{result.messages_per_second:.0f} messages/s")
+        table.add_row("latency", f"p50 {p50:.2f} ms   p90 {p90:.2f} ms   p99 {p99:.2f} ms   max {highest:.2f} ms")
     if cost.problem:
         table.add_row("gateway's CPU", f"unknown: {cost.problem}".replace("[", r"\["))
     elif cost.cpu_us_per_message is not None:

@@ -13,6 +13,7 @@ a server that stalls would delay the very messages that would have shown it.
 """
 
 import errno
+import re
 import select
 import socket
 from array import array
@@ -24,6 +25,7 @@ from typing import Final
 
 _READ_OCTETS: Final = 65536
 _LINE: Final = b"0123456789" * 7 + b"abcdef\r\n"
+_TRACE: Final = re.compile(r" trace=[0-9a-f]{32}\Z")
 _PROGRESS_SECONDS: Final = 0.1
 _READABLE: Final = select.POLLIN | select.POLLERR | select.POLLHUP
 _WRITABLE: Final = select.POLLOUT
@@ -177,7 +179,9 @@ class _Session:
             self.received = data
 
     def refuse(self, verb: str, reply: bytes) -> None:
-        raise _Failed(f"{verb}: {reply.splitlines()[-1].decode('ascii', 'replace')[:80]}")
+        # The gateway ends a refusal with the trace of its mail: without that, equal reasons are counted together.
+        said = _TRACE.sub("", reply.splitlines()[-1].decode("ascii", "replace"))
+        raise _Failed(f"{verb}: {''.join(char for char in said if char.isprintable())[:80]}")
 
     def greeted(self, reply: bytes) -> None:
         if reply[:3] != b"220":

@@ -80,15 +80,19 @@ class _Loader:
 
     # Sources
 
-    def file(self, path: Path) -> None:
-        """Read a TOML file."""
+    def file(self, path: Path, *, named_by: str = "") -> None:
+        """Read a TOML file.
+
+        Args:
+            named_by: what names it, where that is not beside the message.
+        """
         import tomllib  # only a file needs it
 
         source = str(path)
         try:
             document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
-            self.add(source, "", None, f"cannot be read: {error.strerror}")
+            self.add(source, "", None, f"cannot be read: {error.strerror}{named_by and f' ({named_by} names it)'}")
         except UnicodeDecodeError:
             self.add(source, "", None, "is not UTF-8, which TOML must be")
         except tomllib.TOMLDecodeError as error:
@@ -384,7 +388,7 @@ def load(
     if file is not None:
         loader.file(Path(file))
     elif named := environ.get(f"{PREFIX}CONFIG"):
-        loader.file(Path(named))
+        loader.file(Path(named), named_by=f"{PREFIX}CONFIG")
     loader.environment(environ)
     if listen:
         loader.listen(listen, "--listen" if is_command else "load(listen=...)")

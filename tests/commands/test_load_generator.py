@@ -162,7 +162,19 @@ FAILURES = [
     ((b"220 x\r\n", b"250 x\r\n", b"250 k\r\n", b"250 k\r\n", b"354 go\r\n", b"552 big\r\n"), 2, "content: 552 big"),
     ((b"220 x\r\n", b"250 x\r\n", b"250 k\r\n"), 2, "connection closed"),
     ((b"",), 1, "connection closed"),
+    ((b"554 \x1b[31mno trace=0af7651916cd43dd8448eb211c80319c\r\n",), 1, "connect: 554 [31mno"),
 ]
+
+
+def test_refusals_that_differ_in_their_trace_alone_are_counted_together() -> None:
+    traces = iter(range(3))
+
+    def refuse(peer: socket.socket) -> None:
+        peer.sendall(b"554 5.7.1 no trace=%032x\r\n" % next(traces))
+
+    with server(refuse) as port:
+        result = Load(plan(port, messages=3, sessions=3)).run()
+    assert result.failures == {"connect: 554 5.7.1 no": 3}
 
 
 @pytest.mark.parametrize(("replies", "messages", "reason"), FAILURES)

@@ -277,7 +277,10 @@ def test_a_problem_names_file_key_value_and_what_is_allowed(write: Any, toml: st
             'OTELSMTP_UPSTREAM: upstream.0.url = "http://x": allowed: smtp://host:port',
         ),
         ({"OTELSMTP_UPSTREAM": "smtp://u:hunter2@h"}, 'upstream.0.url = "***": logs and process lists show URLs'),
-        ({"OTELSMTP_CONFIG": "/nonexistent/gw.toml"}, "/nonexistent/gw.toml: cannot be read: No such file"),
+        (
+            {"OTELSMTP_CONFIG": "/nonexistent/gw.toml"},
+            "/nonexistent/gw.toml: cannot be read: No such file or directory (OTELSMTP_CONFIG names it)",
+        ),
     ],
 )
 def test_a_refusal_names_the_variable(environ: Mapping[str, str], expected: str) -> None:

@@ -213,6 +213,7 @@ def age(seconds: float) -> str:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     drawn = table("", heads, rows)
     drawn.title = None
+    drawn.show_header = any(heads)
     return drawn
 
 

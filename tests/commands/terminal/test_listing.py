@@ -120,6 +120,7 @@ def test_each_reason_is_listed_once_and_the_most_frequent_first() -> None:
 def test_all_about_one_message() -> None:
     assert "not before an operator releases it" in drawn(details(row(queue_name="hold"), now=NOW))
     text = drawn(details(row(), now=NOW))
+    assert text.splitlines()[0].startswith("id "), "no empty head above the facts"
     assert "not before" not in text
     for word in ("user@example.net", "451 4.4.1 no", "0af7651916cd43dd8448eb211c80319c", "10 min ago"):
         assert word in text
