@@ -151,7 +151,10 @@ def _connection_of(transaction: OtlpSpan, by_id: Mapping[int, OtlpSpan]) -> Otlp
 def _account(
     transaction: OtlpSpan | None, below: Sequence[OtlpSpan], connection: OtlpSpan | None, trace: Sequence[OtlpSpan]
 ) -> Account:
-    attempts = [span for span in below if span.name == names.SPAN_DELIVERY]
+    # Those of a bounce, which stands with the mail that it reports on, are none at the mail itself.
+    attempts = [
+        span for span in below if span.name == names.SPAN_DELIVERY and (transaction is None or not _of_notice(span))
+    ]
     is_alone = sum(span.name == names.SPAN_TRANSACTION for span in trace) <= 1
     of_mail = [*([transaction] if transaction else []), *below] or [span for span in [connection] if span]
     about = transaction.attributes if transaction else {}
@@ -179,7 +182,8 @@ def _account(
 def _sayings(
     transaction: OtlpSpan | None, below: Sequence[OtlpSpan], attempts: Sequence[OtlpSpan], connection: OtlpSpan | None
 ) -> Iterator[Saying]:
-    spans = [*([transaction] if transaction else []), *below]
+    notices = [span for span in below if _of_notice(span)] if transaction is not None else []
+    spans = [*([transaction] if transaction else []), *(span for span in below if span not in notices)]
     told_events = [event for span in spans for event in span.events if event.name == names.RECIPIENT_EVENT]
     yield from _of_recipients(spans)
     # A refused recipient is an Error event too; its own event says more.
@@ -207,9 +211,28 @@ def _sayings(
             said = said._replace(words=same.words, who=same.who)
         yield said
     yield from of_attempts
+    for notice in notices:
+        yield from _of_notices_end(notice)
     if transaction is not None and not attempts and not errors and not told_events:
         words = _reply(transaction.attributes) or plain(transaction.attributes.get(names.FAILURE_REASON, ""))
         yield Saying("", _became(transaction.attributes), "this gateway", words or _end_of(connection))
+
+
+def _of_notice(span: OtlpSpan) -> str:
+    """Which of our own messages it is about, a bounce for one; "" for none."""
+    kind = plain(span.attributes.get(names.MESSAGE_KIND, "mail"))
+    return "" if kind == "mail" else kind.replace("_", " ")
+
+
+def _of_notices_end(span: OtlpSpan) -> Iterator[Saying]:
+    """What became of a notice about the mail: an attempt at it, or its end in the queue."""
+    whom = f"the {_of_notice(span)}"
+    if span.name == names.SPAN_DELIVERY:
+        yield _of_attempt(span, None, is_shared=False)._replace(whom=whom)
+    else:
+        for event in span.events:
+            if event.name == names.RECIPIENT_EVENT:
+                yield _of_recipient(event, span)._replace(whom=whom)
 
 
 def _end_of(connection: OtlpSpan | None) -> str:
@@ -221,7 +244,7 @@ def _end_of(connection: OtlpSpan | None) -> str:
 def _of_recipients(spans: Sequence[OtlpSpan]) -> Iterator[Saying]:
     """The fates of single recipients; of one deferred repeatedly, only the last."""
     sayings = [
-        (number, _of_recipient(event))
+        (number, _of_recipient(event, span))
         for number, span in enumerate(spans)
         for event in span.events
         if event.name == names.RECIPIENT_EVENT
@@ -232,12 +255,14 @@ def _of_recipients(spans: Sequence[OtlpSpan]) -> Iterator[Saying]:
             yield said
 
 
-def _of_recipient(event: OtlpEvent) -> Saying:
+def _of_recipient(event: OtlpEvent, span: OtlpSpan) -> Saying:
     a = event.attributes
     if (more := a.get(names.RECIPIENTS_NOT_SHOWN)) is not None:
         return Saying(f"{more} more recipients", "refused or deferred", "", "")
     whom = a.get(names.RCPT_ADDRESS) or a.get(names.RCPT_DOMAIN) or "a recipient"
-    return Saying(plain(whom), plain(a.get(names.RECIPIENT_FATE, "refused")), _who(a), _reply(a))
+    operator = span.attributes.get(names.SPOOL_OPERATOR)
+    who = _who(a) if operator is None else plain(operator)
+    return Saying(plain(whom), plain(a.get(names.RECIPIENT_FATE, "refused")), who, _reply(a))
 
 
 def _errors(transaction: OtlpSpan | None, connection: OtlpSpan | None) -> Iterator[OtlpEvent]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from otel_smtp.commands.terminal.otlp_spans import OtlpEvent, OtlpSpan, SpanId
 from otel_smtp.telemetry import attributes as names
 
-_SPANS: Final = frozenset({names.SPAN_CONNECTION, names.SPAN_TRANSACTION, names.SPAN_DELIVERY})
+_SPANS: Final = frozenset({names.SPAN_CONNECTION, names.SPAN_TRANSACTION, names.SPAN_DELIVERY, names.SPAN_SPOOL})
 _OF_THE_LINE: Final = frozenset(
     {
         names.LOG_TIMESTAMP,
@@ -58,7 +58,7 @@ def _parent(span: OtlpSpan, spans: Sequence[OtlpSpan]) -> SpanId | None:
     match span.name:
         case names.SPAN_TRANSACTION:
             above = [one for one in spans if one.name == names.SPAN_CONNECTION and _have_same(one, span)]
-        case names.SPAN_DELIVERY:
+        case names.SPAN_DELIVERY | names.SPAN_SPOOL:
             above = [one for one in spans if one.name == names.SPAN_TRANSACTION and _belongs_to(span, one)]
             # Of a connection's transactions, the one whose line came next.
             above.sort(key=lambda one: -one.end_ns)

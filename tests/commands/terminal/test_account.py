@@ -165,6 +165,35 @@ def test_what_became_of_a_queued_recipient_is_told_by_whatever_span_has_it() -> 
     assert text(mail)[1] == "  example.org: expired by this gateway"
 
 
+def test_a_bounce_is_told_as_one_and_not_as_an_attempt_that_went_well() -> None:
+    gone: dict[str, Value] = {"smtp.rcpt.domain": "example.org", "smtp.reply.code": 550}
+    bounced = Event(START, "smtp.recipient", {**gone, "smtp.recipient.fate": "bounced"})
+    to_sender = Event(START, "smtp.recipient", {"smtp.rcpt.domain": "shop.example", "smtp.recipient.fate": "held"})
+    of_bounce: dict[str, Value] = {"smtp.message.kind": "bounce", "smtp.delivery.recipients_accepted": 1}
+    held = encoded(
+        Span(
+            "smtp.spool", Kind.INTERNAL, Identity(TRACE, 7), Identity(TRACE, 2), START + 9 * SECOND, START + 9 * SECOND,
+            {"smtp.message.kind": "bounce", "smtp.spool.operator": "olga"}, [to_sender], [], False,
+        )
+    )  # fmt: skip
+    [mail] = told(
+        transaction({"smtp.outcome": "queued"}),
+        delivery({"smtp.outcome": "refused", "smtp.reply.code": 550, "smtp.message.kind": "mail"}, events=[bounced]),
+        delivery({"smtp.outcome": "deferred", "smtp.reply.code": 451, **of_bounce}, span_id=4, begin=2000),
+        held,
+        delivery({"smtp.outcome": "relayed", "smtp.reply.code": 250, **of_bounce}, span_id=5, begin=90000),
+    )
+    assert mail.kind == "mail"
+    assert text(mail)[1:-1] == [
+        "  example.org: bounced by this gateway: 550",
+        "  refused by provider (smtp.example.com:587): 550",
+        "  the bounce: deferred by provider (smtp.example.com:587): 451",
+        "  the bounce: held by olga",
+        "  the bounce: accepted by provider (smtp.example.com:587): 250",
+        "  Longest: the client, after provider's last answer (10.0 ms)",
+    ]
+
+
 def test_our_own_refusal_is_ours() -> None:
     [mail] = told(
         transaction({"smtp.outcome": "refused"}),

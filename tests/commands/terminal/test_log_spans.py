@@ -55,6 +55,22 @@ def test_attempts_from_the_queue_and_recipients_belong_to_their_mail() -> None:
     assert "timestamp" not in mail.spans[0].attributes
 
 
+@pytest.mark.parametrize(("fate", "operator"), [("expired", None), ("removed", "olga"), ("held", "olga")])
+def test_what_befell_a_mail_in_the_queue_is_told_with_who_did_it(fate: str, operator: str | None) -> None:
+    done_by = {} if operator is None else {"smtp__spool__operator": operator}
+    of_mail = {"smtp__spool__id": "01J", "smtp__rcpt__domain": "example.org", "smtp__recipient__fate": fate}
+    lines = [
+        line("smtp.transaction", 1, 1, smtp__outcome="queued", smtp__spool__id="01J", smtp__connection__id="c1"),
+        line("smtp.delivery", 5, 2, smtp__outcome="deferred", smtp__spool__id="01J", smtp__reply__code=451),
+        line("smtp.recipient", 9, 3, smtp__reply__code=451, **of_mail),
+        line("smtp.spool", 9, 3, smtp__spool__id="01J", smtp__spool__action=fate, **done_by),
+    ]
+    [mail] = accounts(spans_of_lines(lines))
+    assert mail.sayings[0][:3] == (
+        "example.org", fate, operator or "this gateway",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("changes", [{"span_id": "x"}, {"timestamp": "now"}, {"timestamp": None}, {"duration": "long"}])
 def test_a_line_of_another_program_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises((ValueError, TypeError)):
