@@ -15,11 +15,12 @@ import pytest
 
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.status.siblings import Siblings
+from otel_smtp.telemetry.shapes import EncodedSpan
 from tests.support import axe
 from tests.support.busy_gateway import HOSTILE, QUEUE_TOKEN, BusyGateway, busy_gateway
 from tests.support.chromium import PROGRAM, Page, chromium
 from tests.support.ports import unclaimed_port
-from tests.support.spans import mail_trace
+from tests.support.spans import Identity, Kind, Span, Value, encoded, mail_trace
 
 FILES: Final = {
     each.name: each.read_text() for each in (resources.files("otel_smtp.status") / "page").iterdir() if each.is_file()
@@ -97,6 +98,33 @@ async def test_it_follows_the_gateway_without_a_reload() -> None:
         gateway.not_ready = "draining"
         await page.until("document.getElementById('readiness').textContent === 'Not ready: mail: draining'")
         assert await page.evaluate("window.stayed") is True
+
+
+@in_a_browser
+async def test_a_bounce_and_what_an_operator_did_are_no_attempts_at_the_mail() -> None:
+    connection, transaction, attempt = (one.to_records()[0] for one in reversed(mail_trace(0xB0B, outcome="queued")))
+
+    def below(span_id: int, name: str, **attributes: Value) -> EncodedSpan:
+        of_span = {f"smtp.{key.replace('__', '.')}": value for key, value in attributes.items()}
+        identity, parent, start_ns = Identity(0xB0B, span_id), transaction.context, attempt.start_ns + span_id
+        return encoded(Span(name, Kind.CLIENT, identity, parent, start_ns, attempt.end_ns, of_span, [], [], False))
+
+    async with shown() as (gateway, page):
+        for span in (
+            encoded(attempt),
+            encoded(transaction),
+            encoded(connection),
+            below(11, "smtp.delivery", message__kind="delay_warning", upstream__name="provider", outcome="relayed"),
+            below(12, "smtp.spool", message__kind="mail", spool__action="given_up", spool__operator="olga"),
+            below(13, "smtp.delivery", message__kind="bounce", upstream__name="provider", outcome="relayed"),
+        ):
+            gateway.traces.add([span])
+        await page.evaluate(f"void (location.hash = 'trace={0xB0B:032x}')")
+        await page.until("document.querySelectorAll('button.label').length === 6")
+        rows = await page.evaluate("[...document.querySelectorAll('button.label')].map((each) => each.textContent)")
+        assert rows[2:] == ["delivery provider", "delay warning provider", "queue given up", "bounce provider"]
+        notes = await page.evaluate("[...document.querySelectorAll('.bar-time')].map((each) => each.textContent)")
+        assert notes[4].endswith("by olga")
 
 
 @in_a_browser

@@ -6,7 +6,9 @@ const STATE_PIXELS = 18; // a mark and its gap
 const STEP_PIXELS = 12; // an upstream's step has no letter
 const LANES = 4; // beyond this, marks overlap: a row stays a row
 const KINDS = { 1: "internal", 2: "server", 3: "client" };
-const SHORT = { "smtp.connection": "connection", "smtp.transaction": "transaction", "smtp.delivery": "delivery" };
+const SHORT = {
+  "smtp.connection": "connection", "smtp.transaction": "transaction", "smtp.delivery": "delivery", "smtp.spool": "queue",
+};
 
 /** Draw OTLP spans; `open(traceId)` follows a link. Gives the view, what to call once it is in the page, the duration and
  *  the number of events. */
@@ -66,6 +68,24 @@ function inTreeOrder(spans) {
   return ordered;
 }
 
+/** What a row is about: a bounce must not look like one more attempt at its mail. */
+function subject(each) {
+  const kind = each.attributes["smtp.message.kind"] ?? "mail";
+  return kind === "mail" ? SHORT[each.name] ?? each.name : kind.replaceAll("_", " ");
+}
+
+/** Which of them it is. */
+function which(each) {
+  const a = each.attributes;
+  return a["smtp.upstream.name"] ?? a["smtp.spool.action"]?.replaceAll("_", " ") ?? a["smtp.transaction.number"] ?? a["smtp.listener"] ?? "";
+}
+
+/** How it ended, or who ended it. */
+function ending(each) {
+  const a = each.attributes;
+  return a["smtp.outcome"] ?? a["smtp.close.reason"]?.replaceAll("_", " ") ?? (a["smtp.spool.operator"] ? `by ${a["smtp.spool.operator"]}` : "");
+}
+
 /** What an event is called: its state, or the last part of its name. */
 function title(event) {
   return event.attributes["smtp.state"] ?? event.name.replace("smtp.upstream.", "").replace("smtp.", "");
@@ -118,9 +138,7 @@ class Waterfall {
   }
 
   row(each) {
-    const name = SHORT[each.name] ?? each.name;
-    const what = each.attributes["smtp.upstream.name"] ?? each.attributes["smtp.transaction.number"] ?? each.attributes["smtp.listener"] ?? "";
-    const note = each.attributes["smtp.outcome"] ?? each.attributes["smtp.close.reason"]?.replaceAll("_", " ") ?? "";
+    const [name, what, note] = [subject(each), which(each), ending(each)];
     const label = element("button", {
       type: "button", class: "label", "aria-label": `${name} ${what}, ${note}, ${spell(each.end - each.start)}${each.hasFailed ? ", failed" : ""}`,
       onclick: () => this.select(null, each), ondblclick: () => this.zoom([each.start, each.end]),
