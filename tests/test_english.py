@@ -75,3 +75,14 @@ def test_texts_are_plain_english(where: object) -> None:
     assert callable(where)
     found = [(place, text) for place, text in where() if _FOUND.search(text)]
     assert found == []
+
+
+_SECTION_INSIDE: Final = re.compile(r"\S[ \t]+(?:-{5,}|(?:Args|Attributes|Raises|Returns|Yields):[ \t])")
+
+
+def test_headings_and_sections_of_docstrings_have_lines_of_their_own() -> None:
+    docstrings = [(where, text) for where, text in explained() if not text.startswith("#")]
+    assert [(where, text[:60]) for where, text in docstrings if _SECTION_INSIDE.search(text)] == []
+    assert _SECTION_INSIDE.search("Theory of operation ------ It works.")
+    assert _SECTION_INSIDE.search("Do it. Raises: OSError: it cannot.")
+    assert not _SECTION_INSIDE.search("Do it.\n\nRaises:\n    OSError: it cannot.")

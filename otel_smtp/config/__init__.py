@@ -1,11 +1,12 @@
 """Settings: keys, defaults, and the checks at start.
 
-Theory of operation ------------------- The structures of `settings` are the one home of every setting: a field is a
-setting, its name is the key, its default is the default, and its `Key` has the meaning, the form of the value and the
-source of the default. `loading` merges the sources and reads each value by its kind (`values`, `addresses`),
-`consistency` finds settings that contradict each other, `problems` words the errors, `description` makes the list of
-effective settings, the reference table and the JSON Schema, `changing` decides which new values a running gateway
-takes.
+Theory of operation
+-------------------
+The structures of `settings` are the one home of every setting: a field is a setting, its name is the key, its default
+is the default, and its `Key` has the meaning, the form of the value and the source of the default. `loading` merges the
+sources and reads each value by its kind (`values`, `addresses`), `consistency` finds settings that contradict each
+other, `problems` words the errors, `description` makes the list of effective settings, the reference table and the JSON
+Schema, `changing` decides which new values a running gateway takes.
 
 Settings come from four places, each over the one before: defaults, the TOML file, the environment
 (`OTELSMTP_LIMITS__RECIPIENTS`, `OTELSMTP_LISTENER__0__TLS`), flags (`--set limits.recipients=50`). They are merged key

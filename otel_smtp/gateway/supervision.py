@@ -1,9 +1,10 @@
 """The decisions of a supervisor of workers: which process to start, replace, restart and kill. No I/O.
 
-Theory of operation ------------------- A gateway has N *places*, numbered from 0. At a place there is at most one
-worker that serves or is about to (`STARTING`, `SERVING`), beside it at most one successor that is not ready yet
-(`SUCCEEDING`), and any number of former workers that drain (`LEAVING`). `LEGAL` is the table of state changes by event;
-nothing else changes a state.
+Theory of operation
+-------------------
+A gateway has N *places*, numbered from 0. At a place there is at most one worker that serves or is about to
+(`STARTING`, `SERVING`), beside it at most one successor that is not ready yet (`SUCCEEDING`), and any number of former
+workers that drain (`LEAVING`). `LEGAL` is the table of state changes by event; nothing else changes a state.
 
 SIGUSR2 changes no worker. It raises the *generation*, and every worker remembers the generation it was started in.
 After each event the supervision looks for a place whose worker serves and is of an older generation, and starts its

@@ -1,10 +1,11 @@
 """SMTP extensions: the EHLO keywords that are offered, and the MAIL and RCPT parameters that belong to them.
 
-Theory of operation ------------------- `EXTENSIONS` has a row for each: its words in EHLO and how to read them, the
-parameters it adds, whether a client is offered it only if the upstream offers it, and the fate of a mail that uses it
-if the upstream does not. A listener's offer, the parameters for an upstream, and the extensions that settings can
-disable are all read from this table. A new extension is a row, a field of `Extensions`, and the fields of `Mail` or
-`Recipient` that its parameters fill.
+Theory of operation
+-------------------
+`EXTENSIONS` has a row for each: its words in EHLO and how to read them, the parameters it adds, whether a client is
+offered it only if the upstream offers it, and the fate of a mail that uses it if the upstream does not. A listener's
+offer, the parameters for an upstream, and the extensions that settings can disable are all read from this table. A new
+extension is a row, a field of `Extensions`, and the fields of `Mail` or `Recipient` that its parameters fill.
 
 Parsing accepts every parameter of every extension that the gateway can offer on any connection; it refuses a parameter
 only if it is unknown everywhere, given twice, or malformed. `unsupported` and `unsupported_recipient` check whether its

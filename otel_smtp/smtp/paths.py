@@ -1,11 +1,12 @@
 """Mailboxes, domains and paths: the grammar of RFC 5321 4.1.2, opened to UTF-8 by RFC 6531 3.3.
 
-Theory of operation ------------------- In every pattern here the next character decides how to continue: nothing that
-follows a repetition begins like the repetition, and no repetition is nested directly in another. So there is never a
-second way to match, and a hostile megabyte costs one pass. Possessive quantifiers and atomic groups would say the same,
-but CPython 3.11.2 misjudges them: the input of a possessive group's last, failed iteration stays consumed. The
-parser is positional, because only the grammar knows where a path ends: a quoted local part may hold spaces and angle
-brackets.
+Theory of operation
+-------------------
+In every pattern here the next character decides how to continue: nothing that follows a repetition begins like the
+repetition, and no repetition is nested directly in another. So there is never a second way to match, and a hostile
+megabyte costs one pass. Possessive quantifiers and atomic groups would say the same, but CPython 3.11.2 misjudges them:
+the input of a possessive group's last, failed iteration stays consumed. The parser is positional, because only the
+grammar knows where a path ends: a quoted local part may hold spaces and angle brackets.
 
 Addresses are kept exactly as the client wrote them (RFC 6531 3.2: no transcoding between U-labels and A-labels).
 Whether a non-ASCII address may be used is not grammar; see `extensions`.

@@ -1,9 +1,11 @@
 """The header block of mail in transit: our Received field, the hop count, trace headers in and out.
 
-Theory of operation ------------------- The block is searched, never parsed: whole-block `lower`, `find` and `count`
-cost microseconds, a loop over lines tens of them. A field begins at the start of the block or behind an LF, with its
-name in any case, blanks and a colon (the blanks before the colon are RFC 5322 4.5's obsolete form, which readers must
-understand). A line that begins with a blank belongs to the field before it.
+Theory of operation
+-------------------
+The block is searched, never parsed: whole-block `lower`, `find` and `count` cost microseconds, a loop over lines tens
+of them. A field begins at the start of the block or behind an LF, with its name in any case, blanks and a colon (the
+blanks before the colon are RFC 5322 4.5's obsolete form, which readers must understand). A line that begins with a
+blank belongs to the field before it.
 
 A bare LF counts as a line end here although content normally has none left: a later reader may take it for one, and
 would then see a trace header behind it.

@@ -106,7 +106,11 @@ def parse_plain(message: bytes) -> Password:
 
 
 def build_plain(name: str, password: str) -> bytes:
-    """PLAIN's one message. Raises: SaslError: name or password cannot be sent by it."""
+    """PLAIN's one message.
+
+    Raises:
+        SaslError: name or password cannot be sent by it.
+    """
     return b"\0".join((b"", _name_to_send(name), _password(password).encode()))
 
 

@@ -1,10 +1,11 @@
 """ClientProtocol: our side of the conversation with an upstream, as a value machine.
 
-Theory of operation ------------------- Commands are *queued*, and `data_to_send` returns as many of them as may be sent
-now: a whole group if the upstream offers PIPELINING, up to the command that must end it (RFC 2920 3.1); otherwise one
-at a time. The driver sends these octets, passes every piece that arrives to `receive`, and gets one `Answer` for each
-command, in order. So the same strategy works with and without PIPELINING, and cutting the input differently changes
-nothing.
+Theory of operation
+-------------------
+Commands are *queued*, and `data_to_send` returns as many of them as may be sent now: a whole group if the upstream
+offers PIPELINING, up to the command that must end it (RFC 2920 3.1); otherwise one at a time. The driver sends these
+octets, passes every piece that arrives to `receive`, and gets one `Answer` for each command, in order. So the same
+strategy works with and without PIPELINING, and cutting the input differently changes nothing.
 
 Replies are bounded, and matched to commands by order alone. Anything out of place (an unsolicited reply, a reply of a
 class that the command cannot have, a line that is no reply, octets behind the 220 of STARTTLS) is a fault of the

@@ -341,7 +341,11 @@ class Commanding:
     # The one writer ---------------------------------------------------------------------------------------
 
     def _command(self, verb: Awaited, line: str) -> None:
-        """Queue one command line. Raises: LocalProtocolError: it holds forbidden characters, or is out of order."""
+        """Queue one command line.
+
+        Raises:
+            LocalProtocolError: it holds forbidden characters, or is out of order.
+        """
         self._check_text(verb, line)
         self._check_turn(verb)
         self.is_in_step = False
