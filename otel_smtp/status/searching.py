@@ -107,7 +107,10 @@ class TraceSearch:
         found = await self._own(asked)
         answers = [found]
         if self._siblings is not None:
-            answers += (await self._siblings.ask_json(f"/api/traces?{asked.of_sibling()}")).values()
+            theirs = await self._siblings.ask_json(f"/api/traces?{asked.of_sibling()}")
+            answers += theirs.values()
+            for silent in [number for number in self._siblings.numbers if number not in theirs]:
+                found["notes"].append(f"process {silent} did not answer: the traces of its mails are missing")
         return merged_searches(
             answers, is_errors_first=asked.is_errors_first, shown=slice(asked.skip, asked.skip + asked.most)
         )

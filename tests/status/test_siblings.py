@@ -110,6 +110,7 @@ async def test_traces_are_found_wherever_they_are_and_put_together_where_they_ar
         found = (await client.get("/api/traces?order=newest")).json()
         assert [trace["trace_id"] for trace in found["traces"]] == [f"{each:032x}" for each in (0xC, 0xB, 0xA)]
         assert found["held"] == 4
+        assert found["notes"] == ["process 2 did not answer: the traces of its mails are missing"]
         one = (await client.get("/api/traces?q=second.example")).json()
         assert [trace["trace_id"] for trace in one["traces"]] == [f"{0xB:032x}"]
         for trace_id, spans in ((0xA, 3), (0xB, 3), (0xC, 6)):
