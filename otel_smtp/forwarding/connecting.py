@@ -8,11 +8,10 @@ called back by the pool, by the opening of a connection, or by the limits.
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import partial
 from time import monotonic_ns
-from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Protocol
 
 from otel_smtp.forwarding.connection import UpstreamConnection
@@ -25,7 +24,7 @@ from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.tickets import Decision, Ticket
 from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, TransactionRecord
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.envelope import Mail
 from otel_smtp.smtp.extensions import missing_extension
 from otel_smtp.smtp.replies import Reply
 
@@ -46,13 +45,11 @@ class Tried(NamedTuple):
         faults: of the attempts without a usable answer, in order.
         again: the upstreams that have had their second chance.
         put_off: a refusal on a used connection; a fresh one is asked.
-        refusals: those read before a connection was lost.
     """
 
     faults: tuple[UpstreamFault, ...] = ()
     again: frozenset[Smarthost] = frozenset()
     put_off: Reply | None = None
-    refusals: Mapping[Recipient, Reply] = MappingProxyType({})
 
 
 NOTHING_TRIED: Final = Tried()

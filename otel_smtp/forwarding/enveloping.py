@@ -5,7 +5,7 @@ room for those beyond, so they are left for a further transaction (see `further`
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from time import monotonic, monotonic_ns
 from typing import Any, Final
@@ -101,8 +101,7 @@ class Enveloping(Attempts):
         judged, self._judged = self._judged, None
         delivered, self._delivered = self._delivered, None
         if judged is not None:
-            read = self._tried.refusals
-            judged([read.get(recipient, reply) for recipient in self._asked])
+            judged([reply] * len(self._asked))
         elif delivered is not None:
             delivered(reply, ())
 
@@ -232,13 +231,20 @@ class Enveloping(Attempts):
         return told
 
     def _keep_refusals(self, answers: Sequence[Answer]) -> None:
-        """Remember the refused recipient, in case no upstream can be asked again."""
-        read = dict(self._tried.refusals)
-        for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
-            if verdict.code >= 400:
-                read[recipient] = told = self._as_told(verdict)
-                self._attempt.refuse(recipient, told, monotonic_ns())
-        self._tried = self._tried._replace(refusals=read)
+        """Judge the recipients whose refusal was read before the connection was lost, and ask about the others alone.
+
+        An upstream that refuses a recipient and closes the connection would do so again.
+        """
+        asked, judged = self._asked, self._judged
+        told: dict[int, Reply] = {}
+        for number, (_, verdict) in enumerate(answers):
+            if verdict.code >= 400 and not wants_another_transaction(verdict):
+                told[number] = self._refuse(asked[number], verdict)
+        if not told or judged is None:
+            return
+        self._is_open = True  # a connection lost in the middle of a transaction is worth a second one
+        self._asked = [recipient for number, recipient in enumerate(asked) if number not in told]
+        self._judged = partial(_judge_the_rest, judged, len(asked), told)
 
     def _sender_refused(self, refusal: Reply) -> None:
         self._check_sender_refusal(refusal)
@@ -265,11 +271,9 @@ class Enveloping(Attempts):
         self._answer_for_all(refusal)
 
     def _count_as_refused(self) -> None:
-        """MAIL was refused: that answers each pending recipient without an earlier answer."""
+        """MAIL was refused: that answers each pending recipient."""
         asked = len(self.accepted) + (len(self._asked) if self._judged is not None else 0)
-        attempt = self._attempt
-        # The end of the attempt counts them.
-        attempt.accepted_count = max(0, asked - attempt.refused_count - attempt.deferred_count)
+        self._attempt.accepted_count = asked  # the end of the attempt counts them
 
     def _as_told(self, refusal: Reply) -> Reply:
         """The reply to the client for a refusal; a refusal of our credentials says nothing about the mail."""
@@ -351,6 +355,17 @@ class Enveloping(Attempts):
                 verdicts[number] = self._promise(recipient)
             elif verdicts[number].code < 400:
                 promised.append(recipient)
+
+
+def _judge_the_rest(judged: RecipientsAnswered, count: int, told: Mapping[int, Reply], rest: Sequence[Reply]) -> None:
+    """Complete the verdicts on `count` recipients.
+
+    Args:
+        told: those known before, by the recipients' indexes.
+        rest: those on the others.
+    """
+    others = iter(rest)
+    judged([told[number] if number in told else next(others) for number in range(count)])
 
 
 # Looking a function up in its class costs as much as a call; each mail takes these steps.

@@ -1100,18 +1100,34 @@ async def test_a_refusal_counts_though_the_connection_ends_behind_it(
         await until(lambda: forwarder.snapshot()[0].pool.idle == 0)
 
 
-async def test_who_was_refused_stays_refused_though_the_others_answers_are_lost() -> None:
-    """Asked again they are lost again; what was read of the first is its verdict."""
-
-    def verdict(address: str) -> bytes | None:
-        return b"550 5.1.1 no bob\r\n" if address.startswith("bob") else None
-
-    async with ScriptedUpstream(verdict=verdict) as upstream, relaying(settings(upstream)) as forwarder:
+@pytest.mark.parametrize("refusal", [b"550 5.1.1 no bob\r\n", b"451 4.2.1 bob waits\r\n"])
+async def test_who_was_refused_stays_refused_and_the_others_are_asked_about_alone(refusal: bytes) -> None:
+    """The upstream hangs up on everyone who names Bob: about Carol it is asked again, without him."""
+    verdicts = {"bob@example.net": refusal}
+    async with ScriptedUpstream(verdict=verdicts.get) as upstream, relaying(settings(upstream)) as forwarder:
         upstream.hangs_up_after = "bob@example.net"
         relayed = await relay(forwarder, BOB, CAROL)
-        assert [str(reply) for reply in relayed.recipients] == ["550 5.1.1 no bob", str(replies.UPSTREAM_LOST)]
-        upstream.hangs_up_after = None
-        assert (await relay(forwarder, CAROL)).told.code == 250
+        assert [reply.wire for reply in relayed.recipients] == [refusal, b"250 2.1.5 recipient ok\r\n"]
+        assert relayed.told.code == 250
+        assert [kept.addresses for kept in upstream.kept] == [("carol@example.net",)]
+        (attempt,) = relayed.seen.deliveries
+        counts = (attempt.accepted_count, attempt.refused_count, attempt.deferred_count)
+        assert counts == ((1, 0, 1) if refusal[:1] == b"4" else (1, 1, 0))
+
+
+async def test_who_was_refused_stays_refused_though_mail_is_refused_then() -> None:
+    verdicts = {"bob@example.net": b"550 5.1.1 no bob\r\n"}
+    mails = iter([None, b"450 4.7.1 enough\r\n"])
+    async with (
+        ScriptedUpstream(verdict=verdicts.get, sender_verdict=lambda _: next(mails)) as upstream,
+        relaying(settings(upstream)) as forwarder,
+    ):
+        await forwarder.learn(wait_seconds=SECONDS)
+        upstream.hangs_up_after = "bob@example.net"
+        relayed = await relay(forwarder, BOB, CAROL)
+        assert [str(reply) for reply in relayed.recipients] == ["550 5.1.1 no bob", "450 4.7.1 enough"]
+        (attempt,) = relayed.seen.deliveries
+        assert (attempt.accepted_count, attempt.refused_count, attempt.deferred_count) == (0, 1, 1)
 
 
 @pytest.mark.parametrize(
