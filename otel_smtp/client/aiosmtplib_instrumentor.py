@@ -37,7 +37,7 @@ class AiosmtplibInstrumentor(MailInstrumentor):
 
 
 class _Wrappers:
-    """What is called in place of the methods of `aiosmtplib.SMTP`."""
+    """The replacements of the methods of `aiosmtplib.SMTP`."""
 
     def __init__(self, tracer: Tracer, addresses: AddressDetail) -> None:
         self._sending = Sending(tracer, addresses, _server_of, lambda answer: ServerReply(*answer), _reply_in)

@@ -116,7 +116,7 @@ class MessageSpan:
     """A span that is open while a message is sent.
 
     Args:
-        reply_in: the reply that an exception of the client library stands for; None where it stands for none.
+        reply_in: the reply that an exception of the client library carries; None if it carries none.
     """
 
     def __init__(

@@ -281,7 +281,7 @@ class _Reading:
         return None if known is None else f"{key}={known}"
 
     def _url(self, url: str) -> str:
-        """Scheme, host, plain path and the plain parts of the query. All else may name somebody."""
+        """Scheme, host, plain path and the plain parts of the query. All else may name a person."""
         self._before = ""
         if not self._shown.has_domains:
             return HIDDEN

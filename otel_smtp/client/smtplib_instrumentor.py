@@ -39,7 +39,7 @@ class SmtplibInstrumentor(MailInstrumentor):
 
 
 class _Wrappers:
-    """What is called in place of the methods of `smtplib.SMTP`."""
+    """The replacements of the methods of `smtplib.SMTP`."""
 
     def __init__(self, tracer: Tracer, addresses: AddressDetail) -> None:
         self._sending = Sending(tracer, addresses, self._server_of, lambda answer: _reply(*answer), _reply_in)

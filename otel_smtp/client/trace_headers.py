@@ -57,7 +57,7 @@ class HeaderBlock(NamedTuple):
     """A flattened message's header block: whether trace headers may be added.
 
     Attributes:
-        line_end: between its first two lines; "" where there is no header block.
+        line_end: between its first two lines; "" without a header block.
         is_traced: it has a `traceparent` or `tracestate` already.
         is_signed: it carries a DKIM, DomainKeys or ARC signature (RFC 6376 3.5, RFC 8617 4.1).
     """

@@ -193,7 +193,7 @@ def _run_with_progress(plan: LoadPlan) -> LoadResult:
         TextColumn("[red]{task.fields[failed]} failed" if plan.messages else ""),
         TimeRemainingColumn(),
     )
-    # Refreshed here, ten times a second: a drawing thread would take the interpreter from the loop that it draws.
+    # Refreshed here, ten times per second: a drawing thread would take the interpreter from the loop that it draws.
     with Progress(*columns, auto_refresh=False) as bar:
         task = bar.add_task(f"{plan.sessions} sessions", total=plan.messages, rate=0.0, failed=0)
 

@@ -53,7 +53,7 @@ def _in_plain(error: UnicodeError) -> tuple[str, int]:
 def main() -> None:
     """The entry point."""
     codecs.register_error("otel-smtp-plain", _in_plain)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # None where it is closed
+    if isinstance(sys.stdout, io.TextIOWrapper):  # None if it is closed
         sys.stdout.reconfigure(errors="otel-smtp-plain")
     try:
         cli(prog_name="otel-smtp")

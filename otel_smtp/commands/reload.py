@@ -1,4 +1,4 @@
-"""`otel-smtp reload`: let a running gateway read its settings again, and say what came of it."""
+"""`otel-smtp reload`: let a running gateway read its settings again, and report the result."""
 
 import json
 import os

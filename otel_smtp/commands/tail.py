@@ -92,7 +92,7 @@ class _Printing:
     """Prints lines.
 
     Args:
-        most: so many; None: no bound.
+        most: the most lines; None: no bound.
     """
 
     def __init__(self, *, as_json: bool, colors: bool, most: int | None) -> None:

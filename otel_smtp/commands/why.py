@@ -25,7 +25,7 @@ _SHOWN_MAILS: Final = 5
 
 
 class _Found(NamedTuple):
-    """What was found.
+    """The results of a search.
 
     Attributes:
         mails: newest first.

@@ -153,7 +153,7 @@ LEDGER: Final = (
         "they wait",
         "tests/server/test_users.py::test_no_more_passwords_are_hashed_at_once_than_allowed",
     ),
-    # What a message holds
+    # A message
     Bound(
         _CLIENT,
         "octets of a message",

@@ -133,7 +133,7 @@ class Consistency:
             )  # fmt: skip
 
     def _exposure(self, path: str, listener: ListenerTable) -> None:
-        """No open relay by mistake, and no password in clear across a network."""
+        """No open relay by mistake, and no password in the clear across a network."""
         exposed = [ListenAddress().show(address) for address in listener.address if not is_local(address)]
         has_auth_over_tls = listener.auth != "off" and listener.tls is not TlsMode.OFF and not listener.auth_in_clear
         if f"{path}.allow" not in self._origins and not has_auth_over_tls:

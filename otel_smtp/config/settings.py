@@ -488,7 +488,7 @@ class RateLimitTable(Table, frozen=True, kw_only=True):
 
 
 class RewriteTable(Table, frozen=True, kw_only=True):
-    """What is changed in the envelope, for providers that take only their own customers' addresses."""
+    """Changes to the envelope, for providers that take only their own customers' addresses."""
 
     sender: Annotated[
         str,

@@ -151,7 +151,7 @@ class Boolean(msgspec.Struct, frozen=True):
 
 
 class Integer(msgspec.Struct, frozen=True):
-    """A whole number; None where "off" is allowed and given."""
+    """A whole number; None if "off" is allowed and given."""
 
     minimum: int = 1
     maximum: int = 2**31 - 1
@@ -194,7 +194,7 @@ def duration_text(seconds: float) -> str:
 
 
 class Duration(msgspec.Struct, frozen=True):
-    """Seconds as a number, or text such as "30s" and "5d"; None where "off" is allowed and given."""
+    """Seconds as a number, or text such as "30s" and "5d"; None if "off" is allowed and given."""
 
     minimum: float = 0.001
     maximum: float = 365 * DAY
@@ -277,7 +277,7 @@ def size_text(octets: int) -> str:
 
 
 class Size(msgspec.Struct, frozen=True):
-    """Octets as a number, or text such as "25MiB"; None where "off" is allowed and given."""
+    """Octets as a number, or text such as "25MiB"; None if "off" is allowed and given."""
 
     minimum: int = 1
     maximum: int = 4096 * MIB

@@ -7,7 +7,7 @@ Tickets are served in order.
 
 A connection in the middle of a transaction whose client pauses is *parked*. If a ticket waits and a connection has been
 parked for a while, it is reclaimed: its transaction can be restarted on another connection. Otherwise as many slow
-clients as there are connections would stop all mail. The more tickets wait, the shorter that while is, so many idle
+clients as there are connections would stop all mail. The more tickets wait, the shorter that while is, and many idle
 transactions delay a mail little longer than a few. A transaction that continues after losing its connection keeps its
 place among the waiters: it asked before them.
 

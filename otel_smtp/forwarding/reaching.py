@@ -115,7 +115,7 @@ class Reaching(ABC):
         self._connections: set[UpstreamConnection] = set()  # all that are open
         self._sweep = sweep
         self._is_swept = False
-        self._reclaiming: asyncio.TimerHandle | None = None  # while somebody waits
+        self._reclaiming: asyncio.TimerHandle | None = None  # while a ticket waits
         self._level = self._pool.ceiling.level  # of which the log has a line
         self._loop: asyncio.AbstractEventLoop | None = None
 

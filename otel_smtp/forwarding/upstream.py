@@ -370,7 +370,7 @@ class UpstreamForwarder:
 
 
 def _nothing() -> None:
-    """Nobody wants to know."""
+    """Ignore a notification."""
 
 
 def _name(route: Sequence[Smarthost]) -> str:

@@ -107,7 +107,7 @@ class SharedPorts:
         could be shared with another gateway, and each would get some of the clients.
 
         Raises:
-            CannotListen: somebody does.
+            CannotListen: another process does.
         """
         if address.port is None:
             refuse_served(address)

@@ -57,7 +57,7 @@ class WorkerState(StrEnum):
 
 
 class WorkerEvent(StrEnum):
-    """What happens to a worker."""
+    """The events in the life of a worker."""
 
     READY = "ready"  # it says that it serves
     REPLACED = "replaced"  # its successor serves

@@ -84,7 +84,7 @@ class Listener:
             with sock:
                 waiting += _accept_waiting(sock)
                 if self._is_inherited and sock.family != socket.AF_UNIX:
-                    # The parent keeps this socket open: clients would wait there for nobody.
+                    # The parent keeps this socket open: clients would wait there in vain.
                     with suppress(OSError):
                         sock.shutdown(socket.SHUT_RD)
         loop = asyncio.get_running_loop()

@@ -55,7 +55,7 @@ class _Member:
         self._faults = 0
 
     def failed(self, hook: str, error: BaseException) -> None:
-        """Log the exception at hand, the first time, and drop the member if it is to be dropped.
+        """Log the current exception, the first time, and drop the member if required.
 
         A hook never awaits, so a CancelledError out of it is its own fault: from a future that it read, say.
 

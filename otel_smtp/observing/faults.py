@@ -21,7 +21,7 @@ class Faults:
         self._logged: set[str] = set()
 
     def note(self, about: str) -> None:
-        """Log the exception at hand, if it is the first.
+        """Log the current exception, if it is the first.
 
         Args:
             about: what it costs, in a word.

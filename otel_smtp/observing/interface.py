@@ -1,4 +1,4 @@
-"""The one interface of observers, `Observer`. Every hook is defined here and nowhere else; `fan_out` reads it here.
+"""The one interface of observers, `Observer`. Every hook is defined here alone; `fan_out` reads it here.
 
 A hook either *tells* (it returns None) or *asks* (the first answer that is not empty counts). Hooks are called on the
 event loop, so they must not block. If one raises, the exception is logged once and that observer is dropped; mail is

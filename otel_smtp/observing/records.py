@@ -93,7 +93,7 @@ class ConnectionRecord:
         messages, errors: messages that got their final reply; replies of 400 and above, and failed handshakes.
         segment: number of the current segment, from 1. `begun_ns`: when it began.
         transitions: those of the current segment, the oldest first, each recorded before the client can see its reply.
-        replies: of the current segment, each with the verb that it answers ("other" or None where it has none).
+        replies: of the current segment, each with the verb that it answers ("other" or None if unknown).
         earlier: the last transitions of the segments before, for views that show a path.
         failure: why it failed, in words for operators, if no reply says so: a TLS handshake.
         end: how it ended, once it is closed.
@@ -215,22 +215,21 @@ class TransactionRecord:
             answer for each). `refused`: the first `MOST_REFUSED` that were refused or deferred, at RCPT or then;
             `own_count`: all of those, each with a reply of its own. `refused_count`, `deferred_count`: by 5yz and 4yz,
             with those for whom one reply refused the content; `lost_count`: of both, those accepted before.
-        trace_headers: of the header block; None until it has been read. `message_id`: likewise, None where none.
+        trace_headers: of the header block; None until it has been read. `message_id`: likewise; None without one.
         octets: of the content, once it is complete. `added_octets`: of our own Received field, which stands before a
             client's content: an upper bound until the header block has been read; 0 of a message from the spool.
-        spool_id: under which the message is durable; None where it is not.
+        spool_id: under which the message is durable; None if it is not.
         deliveries: attempts, in the order in which they began.
         ended_ns: 0 while it is open.
-        outcome, reply, error_type: how it ended; `reply` is what the client was sent, None where it was sent nothing.
-        failure: why it failed, where that is no upstream's reply: of the attempt that decided, or what befell us.
-        kind: what it is. `action`: what befell a message in the spool without an attempt, where the record is of that.
-            `operator`: who did it; None: no operator.
+        outcome, reply, error_type: how it ended; `reply` is the one sent to the client, if any.
+        failure: why it failed, if not by an upstream's reply: the deciding attempt's failure, or our own.
+        kind: what it is. `action`: what happened to a message in the spool without an attempt, if the record is of
+            that. `operator`: who did it; None: no operator.
         carrier: for a message from the spool, the trace context that was stored with it, as headers.
-        is_possible_duplicate: an attempt before may have been taken by an upstream.
-        taken_over: from a spool of several gateways: which one had it before and died, and for how many seconds it had
-            been silent; None: none.
-        has_lost_lease: likewise: asked before more of the message leaves; True: another gateway may have it by now, and
-            the attempt was aborted. None: it cannot be lost.
+        is_possible_duplicate: an upstream may have taken an earlier attempt.
+        taken_over: in a shared queue, the dead gateway that had it before, and the seconds of its silence; None: none.
+        has_lost_lease: likewise, called before more of the message is sent; True: another gateway may have it by now,
+            and the attempt was aborted. None: it cannot be lost.
         waited_seconds: for a mail from the spool, since its acceptance when this attempt began; None for anything else,
             notices among it.
         is_8bit_offered: 8BITMIME had been offered to the client; only set where MAIL asks for it.
@@ -320,11 +319,11 @@ class TransactionRecord:
         is_possible_duplicate: bool = False,
         waited_seconds: float | None = None,
     ) -> "TransactionRecord":
-        """The record under which a message from the spool is attempted, or something befalls it.
+        """The record of an attempt at a message from the spool, or of an action on it.
 
         Args:
-            carrier: what `Observer.carrier` gave when the message was stored.
-            attempt: which this is in the life of the message, from 1; its deliveries have that number.
+            carrier: the result of `Observer.carrier` when the message was stored.
+            attempt: its number in the life of the message, from 1, which its deliveries share.
         """
         now_ns = time.monotonic_ns()
         record = cls(mail, 0, None, now_ns, time.time_ns() - now_ns)
@@ -350,10 +349,9 @@ class TransactionRecord:
             self.refused = (*self.refused, refused)
 
     def end_in_spool(self, fates: Sequence[tuple[Recipient, Fate, Reply | None]], now_ns: int) -> None:
-        """Note what became of recipients of a message from the spool who were not delivered to; the observers are to be
-        told by the caller.
+        """Note the fates of undelivered recipients of a message from the spool; the caller notifies the observers.
 
-        It stands with the attempt that decided; where there was none, here.
+        They are noted in the deciding attempt or, without one, here.
         """
         self.ended_ns = now_ns
         if not self.deliveries:
@@ -391,11 +389,11 @@ class TransactionRecord:
         return attempts[0]
 
     def refuse_content(self, reply: Reply, verdicts: Sequence[Reply], now_ns: int) -> None:
-        """Note that recipients that were accepted do not get the mail after all.
+        """Note that accepted recipients do not get the mail after all.
 
         Args:
-            reply: the final one; it holds for those that have no verdict of their own.
-            verdicts: in the order in which the recipients were accepted; they may be fewer.
+            reply: the final one; it applies to recipients without a verdict of their own.
+            verdicts: in the order in which the recipients were accepted; there may be fewer.
         """
         for recipient, verdict in zip(self.accepted, verdicts, strict=False):
             if not verdict.is_positive:
@@ -418,7 +416,7 @@ class TransactionRecord:
             self.refused_count += rest
 
     def _who_said(self, recipient: Recipient, reply: Reply) -> str | None:
-        """The upstream whose reply this is, or that made us say it; None where it is ours alone."""
+        """The upstream that sent or caused this reply; None if it is ours alone."""
         for delivery in reversed(self.deliveries):
             if any(one.recipient is recipient for one in delivery.refused):
                 return delivery.upstream
@@ -444,17 +442,17 @@ class DeliveryRecord:
     Attributes:
         upstream, server: its configured name and address.
         attempt: from 1 within this transaction; the transaction's own number where that is a message from the spool.
-        pool_wait_ns: the wait for a connection; None while none was at hand.
+        pool_wait_ns: the wait for a connection; None if one was available at once.
         is_reused: the connection had served another mail before.
-        peer, tls: the connection that served the attempt; None where none did.
-        phases: (when, which, the upstream's reply where it gave one).
+        peer, tls: the connection that served the attempt, if any.
+        phases: (when, which, the upstream's reply, if any).
         accepted_count, refused_count, deferred_count: recipients by the upstream's last answer about each.
         refused: the first `MOST_REFUSED` of those that it refused or deferred.
-        paced: the name of the limit that held it back, and the wait in nanoseconds; None: it did not have to wait.
-        round_trips: waits for an answer to something that was sent.
+        paced: the name of the limit that held it back, and the wait in nanoseconds; None: it did not wait.
+        round_trips: the number of waits for an answer.
         ended_ns: 0 while it is under way.
-        outcome, error_type: how it ended. `reply`: the upstream's own final reply, None where it gave none.
-        failure: why it failed, in the words that an operator needs, where it failed for another reason than a reply.
+        outcome, error_type: how it ended. `reply`: the upstream's own final reply, if any.
+        failure: why it failed, in words for operators, if not by a reply.
         trace: what tracing keeps of it.
     """
 
@@ -510,9 +508,9 @@ class DeliveryRecord:
 
     @property
     def transaction(self) -> TransactionRecord:
-        """The transaction that this is an attempt of.
+        """The transaction of this attempt.
 
-        The forwarder keeps its record, until the attempt has ended and observers have been notified.
+        The forwarder keeps its record until the attempt has ended and observers have been notified.
 
         Raises:
             ReferenceError: an observer kept the attempt, but not the transaction.
@@ -551,8 +549,8 @@ class DeliveryRecord:
     def recipient_phase(self, now_ns: int, reply: Reply) -> None:
         """Note when a recipient was answered.
 
-        A thousand recipients are not a thousand phases: of answers alike in a row the last stands for all, and beyond
-        `MOST_PHASES` for those that differ too.
+        A thousand recipients must not make a thousand phases: of equal answers in a row only the last is kept, and
+        beyond `MOST_PHASES` only the last of all.
         """
         phases = self.phases
         if phases and phases[-1][1] is _RCPT:
@@ -563,7 +561,7 @@ class DeliveryRecord:
         phases.append((now_ns, _RCPT, reply))
 
     def end(self, outcome: Outcome, reply: Reply | None, error_type: ErrorType | None, now_ns: int) -> None:
-        """Note how it ended; an answer of the upstream to the whole content holds for all who had been accepted."""
+        """Note how it ended; an answer of the upstream to the whole content applies to all accepted recipients."""
         self.outcome = outcome
         self.reply = reply
         self.error_type = error_type

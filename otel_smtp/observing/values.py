@@ -49,7 +49,7 @@ class ConnectionInfo:
 
 @dataclass(frozen=True, slots=True)
 class TlsInfo:
-    """What a handshake agreed on."""
+    """The parameters agreed in a handshake."""
 
     version: str  # "1.2", "1.3"
     cipher: str
@@ -110,7 +110,7 @@ class Fate(StrEnum):
 
 
 class MessageKind(StrEnum):
-    """What is delivered: `smtp.message.kind`."""
+    """The kind of a delivered message: `smtp.message.kind`."""
 
     __hash__ = str.__hash__
 

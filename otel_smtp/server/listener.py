@@ -135,7 +135,7 @@ class Server:
 
     @property
     def is_stressed(self) -> bool:
-        """Whether so many connections are open that idle ones must give way sooner."""
+        """Whether enough connections are open for idle ones to give way sooner."""
         return len(self._sessions) * 100 > self._limit * self._stress_percent
 
     def open_connections(self) -> Iterator[ConnectionRecord]:

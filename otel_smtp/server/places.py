@@ -115,7 +115,7 @@ class Places(Generic[P]):
         return self.most // LINE_PART if self.most >= LEAST_CONNECTIONS else 0
 
     def are_scarce(self, taken: int) -> bool:
-        """Whether so many are taken that their owners must be looked up."""
+        """Whether enough are taken to need a look-up of their owners."""
         return 2 * taken >= self.most
 
     def add(self, share: str) -> None:

@@ -203,7 +203,7 @@ class IncomingContent:
         return self.refusal()
 
     def refusal(self) -> Reply | None:
-        """What is wrong with the content so far, checked in a fixed order: the verdict must not depend on cuts."""
+        """The fault of the content so far, checked in a fixed order: the verdict must not depend on cuts."""
         inspector, limits = self._inspector, self._limits
         if inspector.octets > self._size_limit:
             return replies.MESSAGE_TOO_BIG

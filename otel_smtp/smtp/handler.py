@@ -55,7 +55,7 @@ class Handler(ContentSink, Protocol):
 
     def tls_requested(self) -> None:
         """*decide*: STARTTLS. Stop reading from the transport, then `reply(TLS_READY)`, write it, shake hands, and call
-        `tls_started`. Any other reply leaves the session in clear."""
+        `tls_started`. Any other reply leaves the session in the clear."""
         ...
 
     def auth_requested(self, mechanism: str, initial_response: bytes | None) -> None:

@@ -10,7 +10,7 @@ no fact. Only the connection's own protocol engine calls `StateMachine.enter`, i
 before that reply's octets can be fetched. So once a client can read a reply, its transition has been recorded ("record
 before reveal").
 
-Three rules live here and nowhere else:
+Three rules live here alone:
 
 * a level that repeats is not recorded again; a pulse always is;
 * a step that is not in `LEGAL` is a bug of ours: `IllegalTransition` in tests, counted and recorded in production;
@@ -159,7 +159,7 @@ class ResetBy(NamedTuple):
 class ErrorReply(NamedTuple):
     """The detail of Error."""
 
-    verb: str | None  # the known verb or "other"; None where no command was being answered
+    verb: str | None  # the known verb or "other"; None if no command was being answered
     reply: Reply | None  # None for a handshake that failed, where no reply is possible
     error_type: ErrorType | None  # low-cardinality class
     transaction: int | None  # number of the open transaction, where one is open
@@ -182,7 +182,7 @@ class Transition(NamedTuple):
     label; but for the text of the reply behind an Error, which telemetry redacts.
 
     The attributes of the states' own rows can be read from the transition itself, whatever its state: `reply_code`,
-    `messages` and the like are None where the state does not have them.
+    `messages` and the like are None if the state does not have them.
     """
 
     state: ConnState
@@ -194,7 +194,7 @@ class Transition(NamedTuple):
 
     @property
     def verb(self) -> str | None:
-        """Error: the known verb or "other"; None where no command was being answered."""
+        """Error: the known verb or "other"; None if no command was being answered."""
         return getattr(self.detail, "verb", None)
 
     @property

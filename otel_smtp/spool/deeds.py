@@ -39,7 +39,7 @@ def operator_name(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Deed:
-    """What was done to a message.
+    """An operator's action on a message.
 
     Attributes:
         command: as in `otel-smtp queue`.

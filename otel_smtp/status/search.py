@@ -94,7 +94,7 @@ _FIELDS: Final[Mapping[str, Field]] = {
 
 
 def parse(query: str, recorded: RecordedMailbox = RecordedForm) -> Query:
-    """What was typed.
+    """Parse a query.
 
     Args:
         recorded: what spans hold of a mailbox.

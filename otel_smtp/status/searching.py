@@ -24,7 +24,7 @@ _ERRORS: Final = frozenset({Severity.FAILED, Severity.REFUSED})
 
 
 class SearchRequest(NamedTuple):
-    """What is asked for.
+    """A request for a page of results.
 
     Attributes:
         query: see `search`.

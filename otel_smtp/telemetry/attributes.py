@@ -730,7 +730,7 @@ _OPERATION_SECONDS: Final = (
 # From 50 us: a state may last as long as a call of ours, and a wait less.
 _SHORT_SECONDS: Final = (0.00005, 0.0001, 0.0005, 0.001, 0.005, *_CONNECTION_SECONDS)
 _WAIT_SECONDS: Final = (0.00005, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30)
-# What a mail waits in the queue: milliseconds where all is well, days where a recipient's server is away.
+# The wait of a mail in the queue: milliseconds if all is well, days where a recipient's server is away.
 _AGE_SECONDS: Final = (
     *(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800),
     *(3600, 14_400, 43_200, 86_400, 259_200, 432_000),

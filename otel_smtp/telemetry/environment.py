@@ -1,4 +1,4 @@
-"""The OTEL_* variables, read here and nowhere else.
+"""The OTEL_* variables, which only this module reads.
 
 `read` returns them as values: the set-up makes exporters from them, `check --connect` tries them, and the ready line
 describes them. Names, defaults and meaning are the Python SDK's: timeouts of OTLP are seconds
@@ -385,7 +385,7 @@ class _Reading:
         if self._value(OTEL_CONFIG_FILE):
             self._unusable(OTEL_CONFIG_FILE, "", "unset: telemetry is configured by the other variables alone")
 
-    # What is exported --------------------------------------------------------------------------------------------
+    # Exports --------------------------------------------------------------------------------------------
 
     def _sampler(self) -> Sampler:
         make = self._choice(OTEL_TRACES_SAMPLER, _SAMPLERS) or _SAMPLERS[_DEFAULT_SAMPLER]
@@ -500,8 +500,8 @@ class _Reading:
         return flags[own if self._value(own) else general]
 
     def _headers(self, signal: Signal, protocol: Protocol) -> tuple[tuple[str, str], ...]:
-        # Not by the API's parser, which logs what it does not like with its value, a credential. What a library could
-        # not send it would raise with its value too.
+        # Not by the API's parser, which logs what it does not like with its value, a credential. A library would also
+        # raise with the value of a header that it cannot send.
         chosen: tuple[tuple[str, str], ...] = ()
         for variable in _both(signal, "HEADERS"):
             headers: dict[str, str] = {}

@@ -61,8 +61,8 @@ class ExchangeBounds:
     def over_exchange(self, at: float) -> Iterator[None]:
         """Cut the exchange inside off at `at`, by the monotonic clock.
 
-        Connections that are made meanwhile count, if their `trace` extension is `note`. What is read of their answer
-        beyond the bounds raises `AnswerTooLong`.
+        Connections that are made meanwhile count, if their `trace` extension is `note`. Reading more of their answer
+        than the bounds allow raises `AnswerTooLong`.
         """
         self._octets = self._pieces = 0
         with self._changed:

@@ -44,11 +44,11 @@ MAX_BATCH_OCTETS: Final = 3 * 1024 * 1024
 # make spans of 100 KiB; for them the bound is in octets: what clients can make us hold while the collector is down.
 QUEUE_OCTETS_A_SPAN: Final = 2 * 1024
 LEAST_QUEUE_OCTETS: Final = 32 * 1024 * 1024
-# As OTLP exporters of other languages do: 1, 2, 4, 5, 5 s; each a little off, lest all gateways come back at once.
+# As OTLP exporters of other languages do: 1, 2, 4, 5, 5 s; each a little off, so that gateways do not retry together.
 _FIRST_BACKOFF_SECONDS: Final = 1.0
 _LONGEST_BACKOFF_SECONDS: Final = 5.0
 _JITTER: Final = 0.2
-# One that says "at once" each time would be asked a thousand times a second, by a thread that mail shares the
+# One that says "at once" each time would be asked a thousand times per second, by a thread that mail shares the
 # interpreter with: never sooner than this, doubled likewise.
 _LEAST_PAUSE_SECONDS: Final = 0.1
 # A collector may ask for a delay, within this bound.
@@ -162,7 +162,7 @@ class Export(Generic[T]):
         return self._is_stopping or self.queued >= self._settings.queue_spans
 
     def dropped(self) -> Iterator[tuple[str, str, int]]:
-        """What was lost so far, as the metrics want it: signal, reason, how many."""
+        """The losses so far, for metrics: signal, reason, how many."""
         for reason, count in self._lost.items():
             yield self._signal.value, reason.value, count
 
@@ -230,7 +230,7 @@ class Export(Generic[T]):
         return DropReason.QUEUE_FULL if is_full else DropReason.TOO_LARGE
 
     def shutdown(self, budget_seconds: float) -> bool:
-        """Send what is left, within the budget. Blocks: not for the event loop. What comes later is lost.
+        """Send what is left, within the budget. Blocks: not for the event loop. Later spans are lost.
 
         Returns:
             Whether everything was sent or given up in time.

@@ -293,7 +293,7 @@ class DescriptorOutput:
         while batch:
             try:
                 batch = batch[os.write(self._descriptor, batch) :]
-            except BlockingIOError:  # somebody else has made it so
+            except BlockingIOError:  # another process has made it non-blocking
                 select.select((), (self._descriptor,), ())
             except OSError:
                 return False

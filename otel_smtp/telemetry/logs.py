@@ -124,7 +124,7 @@ class LineHandler(SafeHandler):
 
     def say_plainly(self, line: str) -> None:
         """Write a line unchanged."""
-        with contextlib.suppress(Exception):  # then nobody can be told
+        with contextlib.suppress(Exception):  # then there is no way to report it
             self._output.write(line + "\n")
 
     def flush(self) -> None:

@@ -1,9 +1,9 @@
 """The metrics: folded out of records when these are complete, rendered on request.
 
 A record is counted once: a connection's transitions and replies when a transaction or a segment of it ends, some dozens
-at a time; a transaction and its deliveries when they end. What was measured of an ordinary mail is only noted then, and
-counted some dozens of mails at a time too. No library is called for that; counts are additions in a dict, measurements
-one bisection. The counts become Prometheus text (`metrics_page`) when the page is requested.
+at a time; a transaction and its deliveries when they end. The measurements of an ordinary mail are only noted then, and
+counted for some dozens of mails at a time too. No library is called for that; counts are additions in a dict,
+measurements one bisection. The counts become Prometheus text (`metrics_page`) when the page is requested.
 
 Every label value comes from a closed set: verbs and states are enumerations, reply codes lie between 200 and 599,
 mechanisms, outcomes and reasons are our own words, listeners and upstreams the operator's. So the number of series has
@@ -71,16 +71,16 @@ _QUEUED_OUTCOME: Final = Outcome.QUEUED
 _MAIL: Final = MessageKind.MAIL
 _NO_VERB: Final = "none"
 _OF_A_MAIL: Final = 4
-# So many transitions of a busy connection are counted in one go: sixty mails, some 60 us.
+# Transitions of a busy connection counted in one go: sixty mails, some 60 us.
 _COUNTED_AT_ONCE: Final = 240
-# So many connections are looked at in one go: each may have done as much as that.
+# Connections visited in one go: each may have that many.
 _CONNECTIONS_A_STEP: Final = 16
-# So many ordinary mails are, likewise.
+# Likewise for ordinary mails.
 _MAILS_COUNTED_AT_ONCE: Final = 50
 
 
 class _Measured(NamedTuple):
-    """What was measured of one ordinary mail: it was relayed to all of its recipients, by its first attempt.
+    """The measurements of one ordinary mail, which was relayed to all of its recipients, by its first attempt.
 
     Attributes:
         delivered_ns, ended_ns: when the attempt and the transaction ended, since the epoch.
@@ -98,7 +98,7 @@ class _Measured(NamedTuple):
 
 
 class _MeasuredQueued(NamedTuple):
-    """The same of the transaction of an ordinary mail that was queued."""
+    """Likewise for the transaction of an ordinary mail that was queued."""
 
     duration_ns: int
     octets: int
@@ -108,7 +108,7 @@ class _MeasuredQueued(NamedTuple):
 
 
 class _MeasuredAttempt(NamedTuple):
-    """The same of the first attempt at a queued mail, by which it was relayed to all of its recipients.
+    """Likewise for the first attempt at a queued mail, by which it was relayed to all of its recipients.
 
     Attributes:
         waited_seconds: since its acceptance, when the attempt began.
@@ -141,13 +141,13 @@ def _checked(metric: Metric, rows: list[tuple[Labels, float]]) -> Numbers:
 
 
 def _taken(noted: list[T]) -> list[T]:
-    """What was noted, which is noted no more: a fault in counting it must not come again with each mail."""
+    """Take all notes: a fault in counting them must not recur with each mail."""
     taken = noted[:]
     noted.clear()
     return taken
 
 
-# So many transitions, or replies, are counted one by one: the connection's own, and those of one mail.
+# Up to this many transitions, or replies, are counted one by one: the connection's own, and those of one mail.
 _FEW: Final = 12
 
 
@@ -174,8 +174,8 @@ class Metrics(Observer):
         open_connections: asked on the event loop.
         connections: connections to upstreams now.
         spool: messages in the spool by state, the age of the oldest in seconds, and the octets of the disk that it
-            holds for messages that have ended; None where there is no spool.
-        shared_queue: None where there is no spool, or it is this gateway's alone.
+            holds for messages that have ended; None without a spool.
+        shared_queue: None without a spool, or if it is this gateway's alone.
         store_timings: of the spool, asked on the event loop. `store_verbs`: its verbs.
         receivers: those of outcomes now.
         dropped: what telemetry itself has lost so far: signal, reason, how many.
@@ -405,7 +405,7 @@ class Metrics(Observer):
         return True
 
     def _note_queued(self, transaction: TransactionRecord, context: TraceContext | None) -> bool:
-        """The same of a mail that was queued."""
+        """Likewise for a mail that was queued."""
         octets = transaction.octets
         if octets is None or transaction.deliveries or transaction.refused_count or transaction.deferred_count:
             return False
@@ -428,7 +428,7 @@ class Metrics(Observer):
     def _note_attempt(
         self, delivery: DeliveryRecord, transaction: TransactionRecord, context: TraceContext | None
     ) -> bool:
-        """The same of an attempt at a queued mail."""
+        """Likewise for an attempt at a queued mail."""
         waited, wait_ns = transaction.waited_seconds, delivery.pool_wait_ns
         if (
             waited is None
@@ -578,7 +578,7 @@ class Metrics(Observer):
                     self._count_auth(auth, then)
 
     def _count_many(self, before: Transition, new: Sequence[Transition]) -> bool:
-        """The same of so many that most are of mails alike; whether an AUTH exchange is among them."""
+        """Likewise for many, mostly of similar mails; returns whether an AUTH exchange is among them."""
         states, left, _, _, moments, _ = zip(*new, strict=True)
         lasted = [(to_ns - from_ns) / 1e9 for from_ns, to_ns in pairwise((before.at_ns, *moments))]
         durations: defaultdict[ConnState, list[float]] = defaultdict(list)

@@ -89,7 +89,7 @@ class OrdinaryMail:
         self._recipients: dict[str, ShownDomains] = {}
 
     def spans(self, record: TransactionRecord, identity: Identity) -> EncodedPair | None:
-        """The spans of the attempt and of the transaction; None where something about them is not ordinary.
+        """The spans of the attempt and of the transaction; None if something about them is not ordinary.
 
         Args:
             identity: the transaction's; it is recorded.
@@ -188,7 +188,7 @@ class OrdinaryMail:
         return EncodedPair(b"".join((mould.fill(values), own, others, links)))
 
     def _is_ordinary(self, record: TransactionRecord, delivery: DeliveryRecord, identity: Identity) -> bool:
-        """What is the same for all mails of a kind: whether nothing went wrong, or another way than by far the most."""
+        """The checks that give the same result for all mails of a kind: nothing failed or was unusual."""
         reply, told = delivery.reply, record.reply
         return (
             reply is not None
@@ -215,7 +215,7 @@ class OrdinaryMail:
         )
 
     def lines(self, record: TransactionRecord, identity: Identity) -> LinesOfMail:
-        """What stands on the lines of a mail that is ordinary: that of which `spans` were made last."""
+        """The lines' part of the ordinary mail whose `spans` were made last."""
         shapes, text, sender, recipients, values = self._told
         delivery, connection = record.deliveries[0], record.connection
         assert connection is not None
@@ -241,7 +241,7 @@ class OrdinaryMail:
     def domains(self, record: TransactionRecord) -> tuple[ShownDomains, ShownDomains]:
         """The attributes with the domains of sender and recipients."""
         path, accepted = record.mail.reverse_path, record.accepted
-        domain = path[path.rfind("@") :]  # of a path without one, that of which is all the same, its last character
+        domain = path[path.rfind("@") :]  # of a path without one, its last character: all these share one entry
         sender = self._senders.get(domain)
         if sender is None:
             sender = self._sender(path)
@@ -305,7 +305,7 @@ class OrdinaryMail:
 
 
 def _before(name: str, value: bytes) -> bytes:
-    """What stands before the value of an integer attribute that has so many octets."""
+    """The octets before the value of an integer attribute whose value has `octets` octets."""
     return field(9, key_value(name, 1 << 7 * (len(value) - 1)))[: -len(value)]
 
 

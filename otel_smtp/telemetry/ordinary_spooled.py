@@ -65,7 +65,7 @@ class OrdinarySpooled:
         self._told: tuple[LineShape, str, ShownDomains, ShownDomains]
 
     def transaction(self, record: TransactionRecord, identity: Identity) -> EncodedSpan | None:
-        """The span of a transaction that ended in the spool; None where something about it is not ordinary.
+        """The span of a transaction that ended in the spool; None if something about it is not ordinary.
 
         Args:
             identity: the transaction's; it is recorded.
@@ -132,7 +132,7 @@ class OrdinarySpooled:
         return EncodedSpan(b"".join((TAGS[2], length(of_all.size + len(rest)), of_all.fill(values), rest)))
 
     def line_of_transaction(self, record: TransactionRecord, identity: Identity) -> LineOfSpan:
-        """What stands on the line of a transaction: that of which the span was made last."""
+        """The line's part of the transaction whose span was made last."""
         shape, words, sender, recipients = self._told
         assert record.connection is not None
         assert record.octets is not None
@@ -234,7 +234,7 @@ class OrdinarySpooled:
         )
 
     def line_of_attempt(self, delivery: DeliveryRecord, identity: Identity) -> LineOfSpan:
-        """What stands on the line of an attempt: that of which the span was made last."""
+        """The line's part of the attempt whose span was made last."""
         shape, words, _, _ = self._told
         record = delivery.transaction
         assert record.spool_id is not None

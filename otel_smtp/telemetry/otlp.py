@@ -41,7 +41,7 @@ VARINT, FIXED64, OCTETS, FIXED32 = 0, 1, 2, 5
 
 
 def tag(number: int, kind: int) -> bytes:
-    """What stands before the value of a field."""
+    """The octets before the value of a field."""
     return varint(number << 3 | kind)
 
 
@@ -64,7 +64,7 @@ LENGTHS: Final = tuple(varint(length) for length in range(2048))
 
 
 def length(octets: int) -> bytes:
-    """The length of a field of so many octets."""
+    """The length prefix of a field with this many octets."""
     return LENGTHS[octets] if octets < 2048 else varint(octets)
 
 
@@ -79,7 +79,7 @@ def text(number: int, value: str) -> bytes:
 
 
 def _utf8(value: str) -> bytes:
-    # What a peer said was cleaned long before; should a lone surrogate be left, one character is lost and no batch.
+    # Text of peers was cleaned long before; if a lone surrogate is left, one character is lost and no batch.
     return value.encode("utf-8", "replace")
 
 
@@ -140,7 +140,7 @@ class Integers:
 
     Attributes:
         small: the whole attribute, for each value of one octet.
-        two_octets, three_octets: what stands before a value of so many.
+        two_octets, three_octets: the octets before a value of that length.
     """
 
     __slots__ = ("_name", "_number", "small", "three_octets", "two_octets")
@@ -168,7 +168,7 @@ class Integers:
 
 
 def text_head(number: int, key: str, octets: int) -> bytes:
-    """What stands before a text of so many octets, the value of the attribute `key`."""
+    """The octets before a text of this length, the value of the attribute `key`."""
     heads = _TEXT_HEADS[number, key]
     return heads[octets] if octets < len(heads) else _text_head(number, key, octets)
 

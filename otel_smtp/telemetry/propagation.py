@@ -22,7 +22,7 @@ TRACESTATE: Final = "tracestate"
 
 # 55 octets in version 00; a later version may add fields, and 128 is more than twice of what is known.
 MAX_TRACEPARENT_CHARACTERS: Final = 128
-# What a participant must at least pass on (3.3.1.5); we do not amplify more.
+# The least that a participant must pass on (3.3.1.5); we pass on no more.
 MAX_TRACESTATE_CHARACTERS: Final = 512
 
 _TRACEPARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-[\x21-\x7e]*)?")
@@ -152,7 +152,7 @@ def carrier(context: TraceContext) -> Mapping[str, str]:
 
 
 def around_span_id(context: TraceContext) -> tuple[str, str]:
-    """What stands before and behind the span's id in the traceparent of `context`, and of each span that has all but
+    """The text before and behind the span's id in the traceparent of `context`, and of each span that has all but
     its id from that one (W3C Trace Context 3.2.2)."""
     return f"00-{context.trace_id_hex}-", f"-{context.flags & 0xFF:02x}"
 

@@ -18,7 +18,7 @@ from otel_smtp.telemetry.shapes import SpanShape
 # Of these the decision for a child of our own span follows from the span's, so the sampler need not be asked again.
 _STATIC: Final = ("AlwaysOnSampler", "AlwaysOffSampler", "TraceIdRatioBased{")
 _PARENT_BASED: Final = "localParentSampled:AlwaysOnSampler,localParentNotSampled:AlwaysOffSampler"
-# The same of a span that somebody else made, or we did before: mail from the spool is below such a one.
+# Likewise for a span made elsewhere, or by us earlier: the parent of mail from the spool.
 _REMOTELY_BASED: Final = "remoteParentSampled:AlwaysOnSampler,remoteParentNotSampled:AlwaysOffSampler"
 
 _NOTHING: Final[Attributes] = {}
@@ -136,7 +136,7 @@ class Sampling:
         self.inherits_ours = inherits[False]
 
     def inherit(self, parent: TraceContext) -> Identity | None:
-        """A new span below `parent` that does as that does; None where the sampler has to be asked. It has no links."""
+        """A new span below `parent` that does as that does; None if the sampler must be asked. It has no links."""
         trace_id, _, flags, is_remote, state = parent
         if not self._inherits[is_remote]:
             return None

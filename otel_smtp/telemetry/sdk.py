@@ -1,4 +1,4 @@
-"""The parts of the SDK's tracing that we use, imported here and nowhere else.
+"""The parts of the SDK's tracing that we use, imported only here.
 
 During import, the SDK reads one variable, for an unused constant, and raises at an unusable value; but no `OTEL_*`
 variable may stop mail. `environment` reads that variable too, and reports such a value.

@@ -97,7 +97,7 @@ class Telemetry:
         observers: to observe everything, in this order. With OTEL_SDK_DISABLED they make no traces, and count all the
             same.
         traces_to: where traces go, in words.
-        tail: for followers of the mails; None where nothing is made of them (OTEL_SDK_DISABLED).
+        tail: for followers of the mails; None with OTEL_SDK_DISABLED.
         leaves_out: which mails have no trace, in words for people who look for one; "" where all have.
     """
 

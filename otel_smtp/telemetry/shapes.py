@@ -81,12 +81,12 @@ _TRACE_ID, _SPAN_ID, _PARENT_ID = TAGS[1] + b"\x10", TAGS[2] + b"\x08", TAGS[4] 
 _START, _END = tag(7, FIXED64), tag(8, FIXED64)
 # Status: message 2, code 3. The SDK writes it in any case.
 _UNSET: Final = field(15, b"")
-# What stands before an event's time, by the octets that follow the time. An event is below 1 KiB by its maker.
+# The octets before an event's time, by the octets that follow the time. An event is below 1 KiB by its maker.
 _EVENT_TIME: Final = tag(1, FIXED64)
 
 
 def before_time(octets: int) -> bytes:
-    """What stands before the time of an event, if `octets` follow the time."""
+    """The octets before the time of an event, if `octets` follow the time."""
     return BEFORE_TIME[octets] if octets < len(BEFORE_TIME) else _before_time(octets)
 
 
@@ -324,7 +324,7 @@ def frame_of_span(shape: SpanShape, *, is_remote: bool) -> tuple[bytes | str, ..
     """Pieces of a `Mould` for spans of one shape: with gaps for trace id, span id, parent's span id, start and end.
 
     Args:
-        is_remote: the parent is somebody else's.
+        is_remote: the parent is a foreign span.
     """
     flags = _SPAN_FLAGS[is_remote]
     return _TRACE_ID, "16s", _SPAN_ID, "8s", _PARENT_ID, "8s", flags, shape.octets, "Q", _END, "Q"

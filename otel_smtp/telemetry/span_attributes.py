@@ -29,7 +29,7 @@ from otel_smtp.telemetry.shapes import Column, Pair, SpanShape, span_table
 from otel_smtp.telemetry.state_events import ENHANCED_CODE
 
 Described = tuple[SpanShape, list[Pair], Sequence[Pair]]
-"""What a span consists of, beside ids, times, events and links; and what its line in the log, which stands alone, has
+"""The parts of a span, besides ids, times, events and links; and what its line in the log, which stands alone, has
 besides: what another span of the trace has."""
 
 # Failures of the gateway or of what it depends on. All else is the client's doing, or a policy that was kept: an Error
@@ -251,7 +251,7 @@ class SpanAttributes:
 
     @staticmethod
     def connection_at_start(record: ConnectionRecord, segment: int) -> Attributes:
-        """What a sampler sees of a segment."""
+        """The attributes of a segment for a sampler."""
         return {names.LISTENER: record.listener, names.CONNECTION_SEGMENT: segment}
 
     # Transactions ------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ class SpanAttributes:
 
     @staticmethod
     def transaction_at_start(record: TransactionRecord) -> Attributes:
-        """What a sampler sees of a transaction."""
+        """The attributes of a transaction for a sampler."""
         assert record.connection is not None
         return {names.CONNECTION_ID: record.connection.id, names.TRANSACTION_NUMBER: record.number}
 
@@ -363,7 +363,7 @@ class SpanAttributes:
 
     @staticmethod
     def delivery_at_start(record: DeliveryRecord) -> Attributes:
-        """What a sampler sees of an attempt."""
+        """The attributes of an attempt for a sampler."""
         server, upstream = record.server, record.upstream
         port: list[Pair] = [] if server.port is None else [(names.SERVER_PORT, server.port)]
         return dict(
@@ -381,7 +381,7 @@ class SpanAttributes:
     # The spool ---------------------------------------------------------------------------------------------------
 
     def spooled(self, record: TransactionRecord) -> Described:
-        """What befell a message in the spool without an attempt."""
+        """The span of an action on a message in the spool."""
         has_failed = record.error_type is not None
         shape = _SPOOLED[
             record.action,
@@ -402,7 +402,7 @@ class SpanAttributes:
             refused: those that are known.
             count: how many there are of them.
         """
-        # An upstream may have refused one before us, and decided only later that nobody gets the mail.
+        # An upstream may have refused one before us, and decided only later that no recipient gets the mail.
         shown = sorted(refused[:MOST_REFUSED], key=_when)
         events = [EventRecord(one.at_ns + wall_offset_ns, names.RECIPIENT_EVENT, self.recipient(one)) for one in shown]
         if len(shown) < count:
@@ -412,7 +412,7 @@ class SpanAttributes:
         return events
 
     def recipient(self, one: RecipientRecord) -> Attributes:
-        """What became of a recipient."""
+        """The event of a recipient's fate."""
         attributes: dict[str, names.AttributeValue] = {names.RECIPIENT_FATE: one.fate.value}
         for domain in self.redaction.domains((one.recipient,)):
             attributes[names.RCPT_DOMAIN] = domain

@@ -1,8 +1,8 @@
 """Lines of spans from templates: what the lines of one shape have in common is made once.
 
 A span's shape (`shapes`) says what is constant about it; so its line in the access log has a template too, in each of
-the forms that a line has. What is the same in all of them, which attributes a line has and at which level it stands, is
-decided here, for the lines that are made of templates and for those that `logging` makes.
+the forms that a line has. This module decides what all forms share, a line's attributes and its level, for lines made
+from templates and for those made by `logging`.
 """
 
 import json
@@ -41,7 +41,7 @@ _MAX_REMEMBERED: Final = 1024
 _SEVERITIES: Final = ((logging.CRITICAL, 21), (logging.ERROR, 17), (logging.WARNING, 13), (logging.INFO, 9))
 _SEVERITY_DEBUG: Final = 5
 
-# What stands before these values of a line: in JSON, and in OTLP.
+# The text before these values of a line: in JSON, and in OTLP.
 _JSON_DURATION: Final = f', "{names.LOG_DURATION}": '
 _JSON_TRACE_ID: Final = f', "{names.LOG_TRACE_ID}": "'
 _JSON_SPAN_ID: Final = f'", "{names.LOG_SPAN_ID}": "'
@@ -102,7 +102,7 @@ class ShownDomains:
 
 
 class LinesOfMail(NamedTuple):
-    """What stands on the two lines of an ordinary mail: that of its only attempt, and that of its transaction.
+    """The variable parts of an ordinary mail's two lines: of its only attempt, and of its transaction.
 
     Attributes:
         words: the upstream's.
@@ -134,7 +134,7 @@ WriteLines = Callable[[Sequence[LinesOfMail]], None]
 
 
 class LineOfSpan(NamedTuple):
-    """What stands on the line of one span.
+    """The variable part of one span's line.
 
     Attributes:
         pairs: what varies, of `ON_LINES`.

@@ -209,7 +209,7 @@ _moulds: Final[dict[Row, Mould]] = {}
 
 
 def _of_a_mail(transitions: Sequence[Transition], before_ns: int, wall_offset_ns: int) -> bytes | None:
-    """The events of a mail that went well, in one go; None where `transitions` do not begin with such a mail."""
+    """The events of a mail that went well, in one go; None if `transitions` do not begin with such a mail."""
     if len(transitions) < _OF_A_MAIL:
         return None
     (
@@ -272,7 +272,7 @@ _runs: Final[dict[Row, Mould]] = {}
 
 
 def _of_mails(transitions: Sequence[Transition], before_ns: int, wall_offset_ns: int) -> bytes | None:
-    """The same of several mails, a column at a time; None where `transitions` are anything but mails alike."""
+    """Likewise for several mails, a column at a time; None unless `transitions` are of equal mails."""
     mails = len(transitions) // _OF_A_MAIL
     if mails < 2:
         return None

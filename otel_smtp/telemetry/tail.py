@@ -20,7 +20,7 @@ from otel_smtp.telemetry.tracing import Tracing
 
 log: Final = logging.getLogger("otel_smtp.telemetry.tail")
 
-# A second of the busiest gateway; a follower asks several times a second.
+# A second of the busiest gateway; a follower asks several times per second.
 HELD: Final = 5000
 _RECORDS_A_TURN: Final = 50  # a millisecond
 

@@ -6,7 +6,7 @@ The session and the forwarder note what happens in records; nothing of OpenTelem
 complete, this observer makes its span of it, as octets, and gives it away. Times of a record are those of the monotonic
 clock; with the connection's offset they become wall clock times whose order is the order of what happened.
 
-What a span is called, its *identity*, is needed before it ends: people are shown a trace id, relayed mail carries one.
+A span's *identity*, its ids, is needed before it ends: people are shown a trace id, relayed mail carries one.
 An identity is settled by the first who needs it, and is kept in the record's `trace`:
 
 * that of a connection's first segment with its first mail, or at its end: a connection that only waits needs none.
@@ -176,11 +176,11 @@ class Tracing(Observer):
     def _heed(self) -> None:
         self._lines = (*self._told, *self._followers)
         listeners = self._listeners
-        # Whether anybody reads a span as a value: of those that are recorded, and else.
+        # Whether any sink reads spans as values: recorded ones, and all others.
         self._reads = {True: bool(self._sinks or listeners), False: bool(listeners)}
         self._tells_all = bool(listeners or self._lines)  # of those that are not recorded too
         self._only_encodes = not self._sinks and not self._tells_all
-        # Of a mail whose connection's segment the sampler dropped: nobody will hear of it.
+        # Of a mail whose connection's segment the sampler dropped, so nothing is reported.
         self._drops_mails = self._sampling.inherits_ours and self._keeping is None and not self._tells_all
 
     def show(
@@ -265,7 +265,7 @@ class Tracing(Observer):
             self._tell_lines(identity, described, times, ())
 
     def more_of_state(self, connection: ConnectionRecord, transition: Transition) -> Sequence[Pair]:
-        """What a state in `WITH_MORE` has beside what its transition carries."""
+        """The attributes of a state in `WITH_MORE` that its transition does not carry."""
         if isinstance(transition.detail, ErrorReply):
             return self.attributes.error(transition.detail, connection.failure)
         is_new = transition.state is ConnState.NEW
@@ -312,7 +312,7 @@ class Tracing(Observer):
         self._give_together(together, lines, write_lines)
 
     def _writer_of_lines(self) -> WriteLines | None:
-        """What writes the lines of ordinary mails for all who want lines; None where that takes descriptions."""
+        """What writes the lines of ordinary mails for all who want lines; None if that needs descriptions."""
         return self._lines[0].writer_of_mails() if len(self._lines) == 1 else None
 
     def _settle_unless_dropped(self, transaction: TransactionRecord) -> Identity | None:
@@ -415,7 +415,7 @@ class Tracing(Observer):
         self._give_together(together, [], None)
 
     def spool_acted(self, transaction: TransactionRecord) -> None:
-        """Make a span of what befell a message in the spool, in the trace of its transaction."""
+        """Make the span of an action on a message in the spool, in the trace of its transaction."""
         stored = self._settle(transaction)
         parent = None if stored is None else stored.context
 
@@ -497,7 +497,7 @@ class Tracing(Observer):
         return propagation.carrier(self._settle_delivery(delivery, transaction).context)
 
     def _carrier_before_header(self, delivery: DeliveryRecord, connection: ConnectionRecord) -> Mapping[str, str]:
-        """What a log line about an attempt has while nobody knows which trace it will be in: the message's header may
+        """The fields of a log line about an attempt whose trace is still unknown: the message's header may
         name one. Until then its client is shown the connection's."""
         context = self.segment(connection).context
         if delivery.trace is None and self._sampling.inherits_ours:
@@ -638,7 +638,7 @@ class Tracing(Observer):
     # Giving away -------------------------------------------------------------------------------------------------
 
     def _wanted(self, identity: Identity, *, is_encoded: bool = False) -> tuple[bool, bool]:
-        """Whether a span is to be encoded, and whether somebody reads it as a value."""
+        """Whether to encode a span, and whether any sink reads it as a value."""
         is_recording = identity.is_recording
         return is_recording and self._encodes and not is_encoded, self._reads[is_recording]
 
@@ -683,7 +683,7 @@ class Tracing(Observer):
             keep((span,), is_trouble)
 
     def _pass_on_together(self, span: EncodedSpan, identity: Identity, together: list[EncodedSpan]) -> None:
-        """The same of the span of an ordinary mail: with others, if it is exported."""
+        """Likewise for the span of an ordinary mail: with others, if it is exported."""
         if _is_exported(identity):
             together.append(span)
         else:
@@ -776,7 +776,7 @@ class StateTelling(Observer):
 
 
 def before_segment_ns(connection: ConnectionRecord) -> int | None:
-    """When the last transition before the present segment was; None where there was none."""
+    """When the last transition before the present segment was; None without one."""
     return connection.earlier[-1].at_ns if connection.earlier else None
 
 

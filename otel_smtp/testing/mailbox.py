@@ -100,7 +100,7 @@ class Mailbox:
         """The messages for a recipient, in order; may be empty.
 
         Raises:
-            ValueError: `recipient` names nobody; see the class.
+            ValueError: `recipient` is malformed; see the class.
         """
         return [mail.message for mail in _for_recipient(self.mails, _pattern(recipient))]
 
@@ -111,7 +111,7 @@ class Mailbox:
 
         Raises:
             TimeoutError: there were not, in time.
-            ValueError: `recipient` names nobody.
+            ValueError: `recipient` is malformed.
         """
         pattern = _pattern(recipient)
 

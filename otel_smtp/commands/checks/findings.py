@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The findings of checks."""
 
 from typing import Final, Literal, NamedTuple
 

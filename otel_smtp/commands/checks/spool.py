@@ -8,7 +8,7 @@ from otel_smtp.spool.messages import SpoolError
 
 
 def check_spool(settings: Settings) -> Finding | None:
-    """Check the spool's directory without changing it; None where there is none."""
+    """Check the spool's directory without changing it; None without one."""
     directory = settings.spool.directory
     if settings.delivery.mode == "direct":
         return None

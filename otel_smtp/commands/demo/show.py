@@ -147,7 +147,7 @@ class Demonstration:
                 self._console.print(f"({self._missed} more connections were not drawn)", style="dim")
                 self._missed = 0
 
-    # What is printed
+    # Output
 
     def _say_where(self, gateway: Gateway, upstream: Endpoint) -> None:
         ready = gateway.ready

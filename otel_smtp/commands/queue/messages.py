@@ -251,7 +251,7 @@ def export(
 def rebuild(context: click.Context, *, spool: Path | None, as_json: bool) -> None:
     """Queue again what is in lost+found/.
 
-    What comes back is held, since it may have been delivered. Where no gateway runs, the index is made again, too.
+    Restored messages are held, since they may have been delivered. If no gateway runs, the index is rebuilt too.
     Messages whose contents are not found are listed, and the exit status is 1.
     """
     not_found: list[bool] = []

@@ -48,7 +48,7 @@ def verdict_line(verdict: str, subject: str, detail: str) -> Text:
 
 
 def exchange_line(sent: str, code: int, text: str) -> Text:
-    """What was sent, and its reply."""
+    """A sent command and its reply."""
     first, *more = text.splitlines() or [""]
     line = Text.assemble(("→ ", "dim"), f"{sent}  ", (str(code), code_style(code)), f" {first}")
     return line.append(f"  (+{len(more)} lines)", "dim") if more else line

@@ -19,7 +19,7 @@ MAX_KEPT_CHARACTERS: Final = 480  # with code, enhanced code and CRLF within the
 
 
 class Awaited(StrEnum):
-    """What a reply can answer."""
+    """The steps that a reply can answer."""
 
     __hash__ = str.__hash__  # Enum's own is a Python function; this is called for each reply
 

@@ -361,7 +361,7 @@ class Entry:
         counts_attempt: bool,
         hold: bool,
     ) -> dict[str, int]:
-        """Note what an attempt came to; how many recipients ended in which way.
+        """Apply the result of an attempt; returns the tally of ends.
 
         Raises:
             StaleLease: the lease is not its delivery's latest one.

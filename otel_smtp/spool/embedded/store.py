@@ -13,7 +13,7 @@ The class is put together from those that are below, by what they are asked for:
 
     submitting  messages in
     leasing     deliveries out
-    recording   what attempts came to
+    recording    results of attempts
     operating   what operators see and do
     rebuilding  what was set aside, queued again
     moving_out  messages on their way into another store

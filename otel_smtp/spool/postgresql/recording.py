@@ -17,7 +17,7 @@ FINISH_SECONDS: Final = 10.0  # then the attempt asks again
 
 
 class Result(Item[None]):
-    """What an attempt came to.
+    """The result of an attempt.
 
     Attributes:
         place: message and delivery.

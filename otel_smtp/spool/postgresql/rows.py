@@ -308,7 +308,7 @@ def key_of(content: ContentRef) -> ContentKey:
 
 
 def small_content(row: Row) -> Sequence[bytes] | None:
-    """Header block and body, if they are at hand and whole."""
+    """Header block and body, if they are in memory and whole."""
     content: bytes | None = row["content"]
     if content is None or hashlib.sha256(content).digest() != row["digest"]:
         return None

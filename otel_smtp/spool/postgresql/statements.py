@@ -4,8 +4,8 @@ Each gives its tables their schema, so that nothing hangs on a search path. `now
 gateway lives is asked of `clock_timestamp()`, since a statement may have waited. `$1` is the gateway's incarnation
 throughout.
 
-Whatever gives a lease holds the row of its gateway meanwhile (`me`): else it could commit after that gateway was
-declared dead, and nobody would take the lease over.
+Whatever gives a lease holds the row of its gateway meanwhile (`me`): otherwise it could commit after that gateway was
+declared dead, and no peer would take the lease over.
 """
 
 from typing import Final
@@ -24,10 +24,10 @@ _COLUMNS: Final = """
   dlv.epoch, dlv.dup, dlv.rcpt,
   NOT EXISTS (SELECT FROM {s}.dlv AS other WHERE other.msg_id = msg.id AND other.d <> dlv.d) AS is_alone"""
 
-# Repeated after an unknown commit it must write: a transaction that writes nothing waits for no standby. What is not
-# there then may have been delivered by another gateway meanwhile: it is marked as a possible duplicate. The answer is
-# one row: of what is new all is known but when it came, and whether it could be leased; `again` has the leases of the
-# rest, as an array for each message: delivery, epoch, attempts, possible duplicate, instants of arrival and expiry.
+# Repeated after an unknown commit it must write: a transaction that writes nothing waits for no standby. A message
+# missing then may have been delivered by another gateway: it is marked as a possible duplicate. The answer is one row:
+# of what is new all is known but when it came, and whether it could be leased; `again` has the leases of the rest, as
+# an array for each message: delivery, epoch, attempts, possible duplicate, instants of arrival and expiry.
 _ACCEPTED: Final = (
     f"CASE m.kind WHEN '{Kind.MAIL}' THEN '{accepted_name(Kind.MAIL)}'"
     f" WHEN '{Kind.OUTCOME}' THEN '{accepted_name(Kind.OUTCOME)}' ELSE '{accepted_name(Kind.BOUNCE)}' END"
@@ -94,7 +94,8 @@ t AS (
   ON CONFLICT (gateway, name) DO UPDATE SET recipients = tally.recipients + excluded.recipients)
 SELECT id AS msg_id, d FROM w WHERE NOT EXISTS (SELECT FROM e WHERE e.msg_id = w.id AND e.d = w.d)"""
 
-# Several deliveries of one message may end at once, here and elsewhere: one after the other, lest each sees the other.
+# Several deliveries of one message may end at once, here and elsewhere: one after the other, so that none misses the
+# other.
 _LOCK_MESSAGES: Final = "SELECT FROM {s}.msg WHERE id = ANY($1::text[]) ORDER BY id FOR NO KEY UPDATE"
 
 _END_DELIVERIES: Final = """
@@ -151,7 +152,7 @@ UPDATE {{s}}.dlv SET state = 'l', owner = $1, epoch = epoch + 1, attempts = atte
 FROM c JOIN {{s}}.msg ON msg.id = c.msg_id WHERE dlv.msg_id = c.msg_id AND dlv.d = c.d
 RETURNING {_COLUMNS}, msg.content, c.place, c.tried, c.taken_from"""
 
-# What has long been due was seen by the claim before; where vacuum is held up, all that has gone lies there as well.
+# The previous claim saw long-due deliveries; where vacuum is held up, all that has gone lies there as well.
 _NEXT_DUE: Final = f"""
 SELECT min(extract(epoch FROM next_at - now()))::float8 FROM unnest($1::text[]) AS wanted(dest)
 CROSS JOIN (VALUES (false), (true)) AS tried(tried)
@@ -160,13 +161,13 @@ CROSS JOIN LATERAL (SELECT next_at FROM {{s}}.dlv
     AND next_at > now() - interval '1 second' AND (SELECT {_MAY_BE_ATTEMPTED} FROM {{s}}.msg WHERE id = dlv.msg_id)
   ORDER BY next_at LIMIT 1) AS first"""
 
-# Leases of ours that nobody here knows of: their claim was committed, and its answer was lost.
+# Our leases unknown to this process: their claim was committed, and its answer was lost.
 _UNKNOWN_LEASES: Final = f"""
 SELECT {_COLUMNS}, msg.content, 0 AS place, false AS tried, dlv.taken_from
 FROM {{s}}.dlv JOIN {{s}}.msg ON msg.id = dlv.msg_id
 WHERE dlv.owner = $1 AND dlv.state = 'l' AND dlv.msg_id || '/' || dlv.d <> ALL($2::text[])"""
 
-# Locked, a message is looked at as it is now: an operator may have given it more time since this statement began.
+# The lock shows a message's current state: an operator may have given it more time since this statement began.
 _END_OVERDUE: Final = f"""
 WITH {_ME},
 o AS (SELECT id FROM {{s}}.msg WHERE held_at IS NULL AND expires_at <= now() AND ({_IS_OUTCOME}) = $3
@@ -259,8 +260,8 @@ RETURNING (SELECT body FROM {s}.stat LIMIT 1) AS stat, (SELECT count(*) FROM {s}
   (SELECT count(*) FROM {s}.gateway AS peer WHERE peer.alive_until < clock_timestamp() AND peer.id <> $1)::int AS dead,
   extract(epoch FROM clock_timestamp())::float8 AS clock"""
 
-# Two statements: the second must see what was committed while the first waited, or before its lock. One that is within
-# a claim is looked at again at the next beat: beats wait for nobody.
+# Two statements: the second must see what was committed while the first waited, or before its lock. One within a claim
+# is checked again at the next beat, as beats never wait.
 _BURY: Final = """
 DELETE FROM {s}.gateway WHERE id IN (
   SELECT id FROM {s}.gateway WHERE alive_until < clock_timestamp() AND id <> $1 FOR UPDATE SKIP LOCKED)
@@ -312,7 +313,7 @@ SELECT slot.name, count(*) AS total, count(slot.owner) AS used,
     WHERE one.name = slot.name AND one.owner IS NOT NULL GROUP BY 1) AS holder), '{}') AS gateways
 FROM {s}.slot GROUP BY slot.name ORDER BY slot.name"""
 
-# Permits of gateways that are gone. What they were for may still be answered to one that is only cut off from here.
+# Permits of gateways that are gone. A gateway that is only cut off from here may still get the replies to their mail.
 _LAND_PERMITS: Final = """
 WITH gone AS (DELETE FROM {s}.permit WHERE {which} RETURNING name, amount)
 INSERT INTO {s}.quota (name, begins_at, used)

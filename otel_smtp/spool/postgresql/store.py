@@ -14,7 +14,7 @@ It consists of parts, each of which knows only those before it:
 
 The class is put together from those that are below, by what they are asked for:
 
-    recording   what attempts came to
+    recording    results of attempts
     submitting  messages in
     leasing     deliveries out
     operating   what operators see and do
