@@ -105,7 +105,11 @@ def test_a_plain_clause_passes(text: str) -> None:
     assert not _CLAUSE.search(text)
 
 
-@pytest.mark.parametrize(("where", "found"), [(documents, _FOUND), (spoken, _FOUND), (explained, _FOUND_OR_CLAUSE)])
+@pytest.mark.parametrize(
+    ("where", "found"),
+    [(documents, _FOUND), (spoken, _FOUND), (explained, _FOUND_OR_CLAUSE)],
+    ids=["documents", "spoken", "explained"],
+)
 def test_texts_are_plain_english(where: Callable[[], Iterator[tuple[str, str]]], found: re.Pattern[str]) -> None:
     assert [(place, text) for place, text in where() if found.search(" ".join(text.split()).lstrip("# "))] == []
 

@@ -338,7 +338,7 @@ class _Reading:
         return (default if number is None else number) / 1000
 
     def _number(self, variable: str, *, is_timeout: bool = False) -> float | None:
-        """The variable as it is; None where it is unset or cannot be used. A timeout of 0 means none
+        """The variable as it is; None if it is unset or unusable. A timeout of 0 means none
         (OpenTelemetry's "Common Configuration Specification", "Timeout")."""
         value = self._value(variable)
         if not value:

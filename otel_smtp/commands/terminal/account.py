@@ -225,7 +225,7 @@ def _of_notice(span: OtlpSpan) -> str:
 
 
 def _of_notices_end(span: OtlpSpan) -> Iterator[Saying]:
-    """What became of a notice about the mail: an attempt at it, or its end in the queue."""
+    """The fate of a notice about the mail: an attempt at it, or its end in the queue."""
     whom = f"the {_of_notice(span)}"
     if span.name == names.SPAN_DELIVERY:
         yield _of_attempt(span, None, is_shared=False)._replace(whom=whom)

@@ -26,8 +26,8 @@ BUSY_SECONDS: Final = 5.0  # how long to wait while another process has it locke
 WAL_OCTETS: Final = 8 * 1024 * 1024  # twice its size when SQLite writes it back and starts over
 _WAL_HEAD_OCTETS: Final = 32
 _ROWS_AT_ONCE: Final = 200
-_SENDERS_FOR_ONE: Final = 8  # senders looked at to find one with due mail
-_KNOWN_MOST: Final = 100  # rows of one sender that are looked at: its first ones may be known to the caller
+_SENDERS_FOR_ONE: Final = 8  # senders tried to find one with due mail
+_KNOWN_MOST: Final = 100  # rows of one sender that are read: the caller may know its first ones
 _OUTCOME: Final = f"destination >= '{OUTCOME_PREFIX}' AND destination < '{OUTCOME_PREFIX[:-1]}!'"
 _IS_OUTCOME: Final = f"EXISTS (SELECT 1 FROM delivery WHERE delivery.id = message.id AND {_OUTCOME})"  # noqa: S608
 
@@ -396,7 +396,7 @@ class Index:
             is_known: see `due`.
 
         Returns:
-            The deliveries, and the last sender that was looked at; None: there are no more senders.
+            The deliveries, and the last sender tried; None: there are no more senders.
         """
         found: list[tuple[int, str, int, str]] = []
         which = (destination, int(was_tried))
