@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("otel_smtp.telemetry.metric_export")
 
+# An interval meant in seconds (OTEL_METRIC_EXPORT_INTERVAL=60) would take the interpreter from mail all the time.
+# The thread rests nine times as long as it computed.
+_REST: Final = 9
+_LONGEST_REST_SECONDS: Final = 1.0
+
 
 class _Delta:
     """The exported part of metrics whose sums count from the last export.
@@ -276,8 +281,10 @@ class MetricExport:
     # The thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        pause_seconds, has_imported = self._interval_seconds, False
         while not self._is_abandoned:
-            is_last = self._stopping.wait(self._interval_seconds)
+            is_last = self._stopping.wait(pause_seconds)
+            began = time.thread_time()
             try:
                 self._export()
             except Exception as error:  # noqa: BLE001 - the top of the thread; logged once, retried at the next interval
@@ -285,6 +292,10 @@ class MetricExport:
                 self._failed(f"internal error: {type(error).__name__}", with_traceback=True)
             if is_last:
                 break
+            if has_imported:
+                rest_seconds = _REST * (time.thread_time() - began)
+                pause_seconds = max(self._interval_seconds, min(rest_seconds, _LONGEST_REST_SECONDS))
+            has_imported = True
         if self._collector is not None:
             self._collector.close()
 

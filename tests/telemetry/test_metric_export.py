@@ -321,3 +321,25 @@ def test_the_page_has_the_resource() -> None:
     [target] = [line for line in page.splitlines() if line.startswith("target_info{")]
     assert 'service_name="otel-smtp"' in target
     assert target.endswith(" 1.0")
+
+
+def test_an_interval_that_is_too_short_leaves_nine_tenths_of_the_time_to_mail() -> None:
+    busy_seconds, begun = 0.02, list[float]()
+    enough = threading.Event()
+
+    def read() -> MetricsData:
+        begun.append(time.monotonic())
+        if len(begun) == 6:
+            enough.set()
+        ends = time.thread_time() + busy_seconds
+        while time.thread_time() < ends:
+            pass
+        raise RuntimeError("nothing to send")
+
+    export = MetricExport(read, None, interval_seconds=0.001)
+    export.start()
+    assert enough.wait(60)
+    export.shutdown(10)
+    # The first one has its imports to do, and is not counted.
+    for before, after in itertools.pairwise(begun[1:6]):
+        assert after - before >= 10 * busy_seconds
