@@ -1,9 +1,13 @@
 """TLS towards upstreams: verified, 1.2 or newer without CBC, with sessions resumed."""
 
 import ssl
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from otel_smtp.net import require_modern_tls
+
+
+class TlsFileError(OSError):
+    """A file of an upstream's TLS settings cannot be used; names the file and says what is wrong."""
 
 
 class UpstreamTlsContext(ssl.SSLContext):
@@ -30,16 +34,22 @@ class UpstreamTlsContext(ssl.SSLContext):
                 file.
 
         Raises:
-            OSError: a file cannot be read; ssl.SSLError: it cannot be used.
+            TlsFileError: a file cannot be read or used.
         """
         context = cls(ssl.PROTOCOL_TLS_CLIENT)  # verifies certificate and name by default
         require_modern_tls(context)
-        if ca_file is not None:
-            context.load_verify_locations(ca_file)
-        else:
-            context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+        try:
+            if ca_file is not None:
+                context.load_verify_locations(ca_file)
+            else:
+                context.load_default_certs(ssl.Purpose.SERVER_AUTH)
+        except OSError as error:
+            raise TlsFileError(f"ca_file {ca_file}: {_why(error)}") from error
         if certificate_file is not None:
-            context.load_cert_chain(certificate_file, key_file)
+            try:
+                context.load_cert_chain(certificate_file, key_file, password=_refuse_passphrase)
+            except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+                raise TlsFileError(f"tls_cert {certificate_file}, tls_key {key_file}: {_why(error)}") from error
         return context
 
     def keep_session(self, tls: ssl.SSLObject | None) -> None:
@@ -52,3 +62,17 @@ class UpstreamTlsContext(ssl.SSLContext):
         if kwargs.get("session") is None:
             kwargs["session"] = self.kept_session
         return super().wrap_bio(*args, **kwargs)
+
+
+def _refuse_passphrase() -> NoReturn:
+    # Without this OpenSSL would prompt on the terminal and block the whole process.
+    raise ValueError("the key is protected by a passphrase")
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a file, without OpenSSL's names for it."""
+    if isinstance(error, ssl.SSLError):
+        if not error.reason:
+            return "not in PEM, or not what it should be"
+        return error.reason.lower().replace("_", " ")
+    return (isinstance(error, OSError) and error.strerror) or str(error)

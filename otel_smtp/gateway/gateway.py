@@ -16,6 +16,7 @@ from otel_smtp.forwarding.pace import AnyLimit
 from otel_smtp.forwarding.rewriting import SenderRewritingForwarder
 from otel_smtp.forwarding.settings import PACE_PATIENCE_SECONDS, Strategy
 from otel_smtp.forwarding.snapshots import UpstreamSnapshot
+from otel_smtp.forwarding.tls import TlsFileError, UpstreamTlsContext
 from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder
 from otel_smtp.gateway import wiring
 from otel_smtp.gateway.ports import naming_settings, with_addresses_of, with_present_addresses
@@ -36,6 +37,7 @@ from otel_smtp.telemetry.tail import MailTail
 from otel_smtp.telemetry.turns import AtEndOfTurn
 
 if TYPE_CHECKING:
+    from otel_smtp.spool.outcomes.receivers import ReceiverSettings
     from otel_smtp.spool.service import Spool
     from otel_smtp.spool.store import Store
 
@@ -160,19 +162,22 @@ class Gateway:
             shared_limits = self._kept_limits.limits
         elif process is not None and process.limits is not None:
             shared_limits = process.limits.limits
-        self._forwarder = UpstreamForwarder(
-            [wiring.upstream_settings(upstream) for upstream in settings.upstream],
-            strategy=Strategy(settings.delivery.strategy),
-            hostname=settings.hostname,
-            observer=self._observer,
-            sweep=self._sweep,
-            limits=wiring.limits(settings, store, shared_limits),
-            slots=wiring.slots(settings, store, process.slots.slots if process is not None and process.slots else None),
-            # Mail for which its client would have to wait is queued there instead.
-            pace_patience_seconds=0.0 if settings.delivery.mode == "direct-then-queue" else PACE_PATIENCE_SECONDS,
-            ceilings=process.ceilings.claim(process.number) if process is not None and process.ceilings else None,
-            shown=lambda words: self._redaction.text(words),
-        )
+        with _usable_tls_files():
+            self._forwarder = UpstreamForwarder(
+                [wiring.upstream_settings(upstream) for upstream in settings.upstream],
+                strategy=Strategy(settings.delivery.strategy),
+                hostname=settings.hostname,
+                observer=self._observer,
+                sweep=self._sweep,
+                limits=wiring.limits(settings, store, shared_limits),
+                slots=wiring.slots(
+                    settings, store, process.slots.slots if process is not None and process.slots else None
+                ),
+                # Mail for which its client would have to wait is queued there instead.
+                pace_patience_seconds=0.0 if settings.delivery.mode == "direct-then-queue" else PACE_PATIENCE_SECONDS,
+                ceilings=process.ceilings.claim(process.number) if process is not None and process.ceilings else None,
+                shown=lambda words: self._redaction.text(words),
+            )
         if store is not None:
             self._spool = self._make_spool(store)
         forwarder: Forwarder = self._forwarder if self._spool is None else self._spool.forwarder
@@ -386,13 +391,11 @@ class Gateway:
         redaction = wiring.redaction(settings)
         policies = [self._policy(settings, listener) for listener in settings.listener]
         upstreams = [wiring.upstream_settings(upstream) for upstream in settings.upstream]
-        receivers = wiring.receivers(settings)
+        receivers = _usable(wiring.receivers(settings))
         unchanged = {upstream.name for upstream in settings.upstream if upstream in self._settings.upstream}
         strategy = Strategy(settings.delivery.strategy)
-        try:
+        with _usable_tls_files():
             relay_by_them = self._forwarder.replacement(upstreams, strategy=strategy, unchanged=unchanged)
-        except OSError as error:
-            raise CertificateError(f"cannot use the TLS files of an upstream: {error}") from error
         # Here nothing can fail any more.
         relay_by_them()
         self._server.hold_to(policies, **wiring.admission(settings))
@@ -423,7 +426,7 @@ class Gateway:
         relay = self._forwarder.for_spool()
         direct = self._forwarder if self._settings.delivery.mode == "direct-then-queue" else None
         spool = Spool(wiring.spool_settings(self._settings), store, relay, direct, self._observer)
-        spool.tell(wiring.receivers(self._settings))
+        spool.tell(_usable(wiring.receivers(self._settings)))
         return spool
 
     @property
@@ -448,3 +451,21 @@ class Gateway:
                 raise ValueError(f"listener {listener.name!r} has AUTH, but neither a users file nor a token verifier")
             authenticator = Authenticator(users, token_verifier=self._token_verifier)
         return wiring.listener_policy(settings, listener, tls_context=tls_context, authenticator=authenticator)
+
+
+@contextlib.contextmanager
+def _usable_tls_files(whose: str = "an upstream") -> Iterator[None]:
+    """Report TLS files that cannot be used in the same way as those of a listener."""
+    try:
+        yield
+    except TlsFileError as error:
+        raise CertificateError(f"cannot use the TLS files of {whose}: {error}") from error
+
+
+def _usable(receivers: "Sequence[ReceiverSettings]") -> "Sequence[ReceiverSettings]":
+    """The receivers of outcomes, if their authorities can be used: the first outcome may be hours away."""
+    for receiver in receivers:
+        if receiver.ca_file is not None:
+            with _usable_tls_files(f"notify {receiver.name}"):
+                UpstreamTlsContext.create(ca_file=receiver.ca_file)
+    return receivers

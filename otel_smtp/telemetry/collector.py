@@ -297,7 +297,8 @@ def tls_context(settings: CollectorSettings) -> "ssl.SSLContext":
 
     context = ssl.create_default_context(cafile=settings.certificate or None)
     if settings.client_certificate:
-        context.load_cert_chain(settings.client_certificate, settings.client_key or None)
+        # Without an answer here OpenSSL would prompt for a passphrase on the terminal; a wrong one is an error.
+        context.load_cert_chain(settings.client_certificate, settings.client_key or None, password="")
     return context
 
 

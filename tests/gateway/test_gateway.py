@@ -14,7 +14,8 @@ import pytest
 import trustme
 
 import otel_smtp
-from otel_smtp import CannotListen, ConnectionInfo, Gateway, Observer, Settings, Transition, load
+from otel_smtp import CannotListen, CertificateError, ConnectionInfo, Gateway, Observer, Settings, Transition, load
+from otel_smtp.config import assignment
 from otel_smtp.gateway import gateway as gateway_module
 from otel_smtp.gateway.running import leave_out_of_garbage_collection
 from otel_smtp.gateway.status_port import StatusPort
@@ -247,6 +248,30 @@ async def test_a_health_check_of_a_port_with_implicit_tls_is_no_failed_handshake
             connection = await closed.get()
         assert " ".join(one.state for one in connection.transitions) == states
         assert (connection.end.reason, connection.end.octets_received) == (reason, 0)
+
+
+@pytest.mark.parametrize("table", ["upstream", "notify"])
+async def test_authorities_that_cannot_be_used_are_refused_at_start_and_at_a_reload(
+    table: str, upstream: CapturingUpstream, tmp_path: Path
+) -> None:
+    trustme.CA().cert_pem.write_to_path(tmp_path / "ca.pem")
+    tables: dict[str, Any] = {
+        "upstream": {"name": "mine", "url": f"smtp+starttls://127.0.0.1:{upstream.port}"},
+        "notify": {"name": "mine", "url": "https://127.0.0.1:9/", "key": "a key of thirty-two octets, here"},
+    }
+    tables[table]["ca_file"] = str(tmp_path / "ca.pem")
+    settings = load(
+        values={name: [one] for name, one in tables.items()}
+        | {"delivery": {"mode": "queue"}, "spool": {"directory": str(tmp_path / "spool")}},
+        listen=["127.0.0.1:0"],
+        flags=[assignment("status.address=off")],
+    )
+    async with Gateway(settings) as gateway:
+        (tmp_path / "ca.pem").write_text("no certificate\n")
+        with pytest.raises(CertificateError, match=f"cannot use the TLS files of .*: ca_file {tmp_path}/ca.pem: no "):
+            gateway.reload(settings)
+    with pytest.raises(CertificateError, match=f"ca_file {tmp_path}/ca.pem: no certificate"):
+        Gateway(settings)
 
 
 def test_no_module_takes_the_place_of_a_name_that_programs_import() -> None:

@@ -138,7 +138,9 @@ class SpoolDirectory:
                 left.unlink()
         except OSError as error:
             self.close()
-            raise SpoolError(f"{error.filename or self.path}: {error.strerror}") from error
+            # Something else has the name of a directory.
+            words = " is no directory" if isinstance(error, FileExistsError) else f": {error.strerror}"
+            raise SpoolError(f"{error.filename or self.path}{words}") from error
         except SpoolError:
             self.close()
             raise

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from otel_smtp.spool.embedded import files
+from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.files import has_durable_writes, open_regular, write_durably
+from otel_smtp.spool.messages import SpoolError
 
 DATA = b"octets" * 1000
 
@@ -89,3 +91,11 @@ def test_only_file_systems_that_are_known_to_write_durably_are_relied_on(
 ) -> None:
     monkeypatch.setattr(files, "file_system_of", lambda path: kind)
     assert has_durable_writes(tmp_path) is has_them
+
+
+@pytest.mark.parametrize("name", ["spool", "spool/log"])
+def test_something_else_in_the_place_of_a_directory_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(SpoolError, match=f"^{tmp_path}/{name} is no directory$"):
+        SpoolDirectory(tmp_path / "spool").open()
