@@ -70,7 +70,7 @@ def _refuse_passphrase() -> NoReturn:
 
 
 def _why(error: Exception) -> str:
-    """What is wrong with a file, without OpenSSL's names for it."""
+    """The reason in words, instead of OpenSSL's codes."""
     if isinstance(error, ssl.SSLError):
         if not error.reason:
             return "not in PEM, or not what it should be"

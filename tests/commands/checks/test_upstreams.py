@@ -69,4 +69,4 @@ async def test_an_upstream_that_is_away() -> None:
     finding = await check_upstream(
         UpstreamSettings("p", "127.0.0.1", 1, tls=TlsMode.IMPLICIT, ca_file="/nowhere"), "gw.example"
     )
-    assert finding.detail == "its TLS files cannot be used: No such file or directory"
+    assert finding.detail == "its TLS files cannot be used: ca_file /nowhere: No such file or directory"
