@@ -363,11 +363,8 @@ class TransactionRecord:
             said = {id(one.recipient): (where, one.reply) for where in self.deliveries for one in where.refused}
             for recipient, fate, reply in fates:
                 delivery, its_reply = said.get(id(recipient), (None, None))
-                upstream = None
                 if delivery is None or its_reply != reply:
-                    delivery = self._deciding(reply)
-                    if _is_of_upstream(reply):
-                        upstream = delivery.upstream
+                    delivery, upstream = self._deciding(reply), self._upstream_of(reply)
                 else:
                     upstream = delivery.upstream
                 refused = RecipientRecord(delivery.ended_ns or now_ns, recipient, fate, reply, upstream)
@@ -420,7 +417,19 @@ class TransactionRecord:
         for delivery in reversed(self.deliveries):
             if any(one.recipient is recipient for one in delivery.refused):
                 return delivery.upstream
-        return self._deciding(reply).upstream if _is_of_upstream(reply) and self.deliveries else None
+        return self._upstream_of(reply)
+
+    def _upstream_of(self, reply: Reply | None) -> str | None:
+        """The upstream whose words a reply has: all of it, or in a refusal of ours that quotes them."""
+        if reply is None or not self.deliveries:
+            return None
+        if reply.error_type is ErrorType.UPSTREAM_REFUSED:
+            return self._deciding(reply).upstream
+        for delivery in reversed(self.deliveries):
+            said = delivery.reply
+            if said is not None and delivery.error_type is reply.error_type and f": {said.code}" in reply.text:
+                return delivery.upstream
+        return None
 
     def end(self, outcome: Outcome, reply: Reply | None, now_ns: int) -> None:
         """Note how it ended; the caller notifies the observers."""
@@ -430,10 +439,6 @@ class TransactionRecord:
         self.ended_ns = now_ns
         if error_type is not None and error_type in _OF_ATTEMPTS and self.failure is None:
             self.failure = next((one.failure for one in reversed(self.deliveries) if one.failure is not None), None)
-
-
-def _is_of_upstream(reply: Reply | None) -> bool:
-    return reply is not None and reply.error_type is ErrorType.UPSTREAM_REFUSED
 
 
 class DeliveryRecord:

@@ -127,12 +127,13 @@ class Files:
 
     def listener(self, tls: str, auth: str = "required") -> dict[str, Any]:
         """Settings of a listener with TLS and AUTH."""
+        users = {} if auth == "off" else {"listener.auth_users_file": str(self.directory / "users")}
         return {
             "listener.tls": tls,
             "listener.tls_cert": str(self.directory / "cert.pem"),
             "listener.tls_key": str(self.directory / "key.pem"),
             "listener.auth": auth,
-            "listener.auth_users_file": str(self.directory / "users"),
+            **users,
         }
 
     def client_context(self) -> ssl.SSLContext:

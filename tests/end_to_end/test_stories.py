@@ -563,6 +563,8 @@ def queueing(url: str, directory: Path) -> dict[str, Any]:
 def operate(directory: Path, command: str, *ids: str) -> list[dict[str, Any]]:
     """Have an operator's command done."""
     how = [sys.executable, "-m", "otel_smtp.commands.cli", "queue", command, "--spool", str(directory / "spool")]
+    if ids:
+        how += ["--as", "olga"]
     done = subprocess.run([*how, "--json", *ids], capture_output=True, text=True, timeout=60, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -595,12 +597,11 @@ def test_a_queued_mail_is_deferred_twice_then_bounced(
         why=[
             "WHEN  client.example -> there.example  queued  TIME",
             "  there.example: deferred by provider: 450 4.7.1 Greylisted",
-            "  there.example: deferred by provider: 450 4.7.1 Greylisted",
             "  there.example: bounced by provider: 550 5.1.1 No such user",
             "  deferred by provider (HOST): 450 4.7.1 Greylisted",
             "  deferred at attempt 2 by provider (HOST): 450 4.7.1 Greylisted",
             "  refused at attempt 3 by provider (HOST): 550 5.1.1 No such user",
-            "  1 recipient: accepted by provider (HOST): 250 2.0.0 Ok: queued as CAPTURE",
+            "  the bounce: accepted by provider (HOST): 250 2.0.0 Ok: queued as CAPTURE",
             "  trace ID  queue id ID",
         ],
     )
@@ -649,11 +650,10 @@ def test_a_queued_mail_expires(story: Story, tmp_path: Path) -> None:
         why=[
             "WHEN  client.example -> there.example  queued  TIME",
             f"  there.example: deferred by this gateway: {said}",
-            f"  there.example: held by this gateway: {said}",
+            f"  there.example: held by olga: {said}",
             f"  there.example: expired by this gateway: {said}",
-            f"  client.example: deferred by this gateway: {said}",
             "  deferred by provider (HOST): connection refused",
-            "  deferred by provider (HOST): connection refused",
+            "  the bounce: deferred by provider (HOST): connection refused",
             "  trace ID  queue id ID",
         ],
     )
@@ -694,7 +694,7 @@ def test_a_queued_mail_is_held_and_released_by_an_operator(
         why=[
             "WHEN  client.example -> there.example  queued  TIME",
             "  there.example: deferred by provider: 450 4.7.1 Greylisted",
-            "  there.example: held by this gateway: 450 4.7.1 Greylisted",
+            "  there.example: held by olga: 450 4.7.1 Greylisted",
             "  deferred by provider (HOST): 450 4.7.1 Greylisted",
             "  1 recipient: accepted at attempt 2 by provider (HOST): 250 2.0.0 Ok: queued as CAPTURE",
             "  trace ID  queue id ID",

@@ -200,6 +200,26 @@ def test_the_upstream_that_refused_is_named_and_not_the_one_that_was_asked_last(
     assert event.attributes["smtp.upstream.name"] == "first"
 
 
+def test_the_upstream_that_a_refusal_of_ours_quotes_is_named() -> None:
+    """Its greeting refused service; the next upstream could not be reached, and said nothing."""
+    greeting = Reply(554, None, ("blocked",), ErrorType.UPSTREAM_REFUSED)
+    ours = replies.UPSTREAM_UNAVAILABLE
+
+    def does(client: Client) -> None:
+        client.mail()
+        transaction = client.transaction
+        assert transaction is not None
+        for name, said in (("first", greeting), ("second", None)):
+            delivery = begin_delivery(transaction, name, 1, client.clock)
+            delivery.end(Outcome.DEFERRED, said, ErrorType.UPSTREAM_UNAVAILABLE, client.clock.monotonic_ns())
+        client.rcpt("a@example.net", ours.with_text(f"Service refused: {greeting}"))
+        client.rcpt("b@example.net", ours).data().header().final(ours, Outcome.DEFERRED).quit()
+
+    quoting, alone = spans_of(does)["smtp.transaction"].events
+    assert quoting.attributes["smtp.upstream.name"] == "first"
+    assert "smtp.upstream.name" not in alone.attributes
+
+
 def test_an_attempt_that_lost_a_recipient_has_failed_and_says_how_many() -> None:
     kept = Kept()
     client = Client(Tracing(sinks=[kept])).ehlo().mail().rcpt("a@example.net").data().header()
