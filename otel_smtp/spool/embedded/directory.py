@@ -2,7 +2,7 @@
 
 ::
 
-    LOCK           locked by the process that owns it
+    LOCK           locked, like the directory itself, by the process that owns it
     control        where operators' commands are heard
     log/           segments, by their numbers, a spare one, and one in reserve
     large/         contents that are too large for the log, by the ids of their messages, with their envelopes
@@ -76,6 +76,7 @@ class SpoolDirectory:
         self.log_path = path / "log"
         self.index_path = path / "index.db"
         self._lock: int | None = None
+        self._locked: int | None = None  # the directory
         self._making_spare = threading.Lock()
         self.has_reserve = True
         self.has_durable_writes = False
@@ -103,7 +104,7 @@ class SpoolDirectory:
         try:
             lock = open_regular(self.path / "LOCK", os.O_RDWR)
         except FileNotFoundError:
-            return None
+            return "another process" if self._is_locked() else None
         except OSError as error:
             raise SpoolError(f"{self.path}/LOCK: {error.strerror}") from error
         try:
@@ -112,7 +113,32 @@ class SpoolDirectory:
             return f"pid {os.pread(lock, _PID_OCTETS, 0).decode('ascii', 'replace').strip()}"
         finally:
             os.close(lock)
-        return None
+        return "another process" if self._is_locked() else None
+
+    def _is_locked(self) -> bool:
+        try:
+            os.close(self._lock_directory())
+        except BlockingIOError:
+            return True
+        except OSError:  # it does not exist yet
+            pass
+        return False
+
+    def _lock_directory(self) -> int:
+        """Lock the directory itself: somebody may remove the lock file as stale.
+
+        Raises:
+            BlockingIOError: another process has locked it.
+        """
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(directory)
+            raise
+        except OSError:  # the file system locks files only
+            pass
+        return directory
 
     def _refuse_remote(self, path: Path) -> None:
         if (kind := file_system_of(path)) in _REMOTE_FILE_SYSTEMS:
@@ -149,6 +175,7 @@ class SpoolDirectory:
         lock = open_regular(self.path / "LOCK", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._locked = self._lock_directory()
         except BlockingIOError:
             owner = os.pread(lock, _PID_OCTETS, 0).decode("ascii", "replace").strip()
             os.close(lock)
@@ -163,6 +190,9 @@ class SpoolDirectory:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
+            if self._locked is not None:
+                os.close(self._locked)
+                self._locked = None
 
     def _half_made(self) -> Iterator[Path]:
         """Unfinished files of a previous process."""
@@ -533,7 +563,13 @@ class SpoolDirectory:
     # Room ------------------------------------------------------------------------------------------------------
 
     def room(self) -> tuple[int, float]:
-        """Free octets, and the share of free inodes (1.0 if the file system does not count them)."""
+        """Free octets, and the share of free inodes (1.0 if the file system does not count them).
+
+        Raises:
+            OSError: it is not known, or the directory that was opened has been removed or replaced.
+        """
+        if self._locked is not None and not os.path.samestat(os.stat(self.path), os.fstat(self._locked)):
+            raise OSError(errno.ESTALE, "is another directory than before", str(self.path))
         found = os.statvfs(self.path)
         return found.f_bavail * found.f_frsize, found.f_favail / found.f_files if found.f_files else 1.0
 

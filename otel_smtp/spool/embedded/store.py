@@ -117,7 +117,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         self._clocks = clocks = Clocks(clock, up)
         self._now_ms = clocks.now_ms
         self._room_checked_at = float("-inf")
-        self._has_room = True
+        self._no_room: SpoolError | None = None
         self._keeper: asyncio.Task[None] | None = None
         self.timings = deque(maxlen=MOST_TIMINGS)
         self._submitting = set()
@@ -315,18 +315,22 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         if now - self._room_checked_at >= ROOM_CHECK_SECONDS:
             self._room_checked_at = now
             self._check_room()
-        return None if self._has_room else StorageFull("the disk of the spool is nearly full")
+        return self._no_room
 
     def _check_room(self) -> None:
+        before, self._no_room = self._no_room, None
         try:
             octets, inodes = self.directory.room()
-        except OSError:
-            self._has_room = False
+        except OSError as error:
+            self._no_room = SpoolError(f"the spool's directory is gone: {error}")
+            if str(before) != str(self._no_room):
+                logger.critical("spool directory gone: new mail refused", extra={"fault": str(error)})
             return
-        had_room = self._has_room
         has_enough = octets >= self._least_free and inodes >= LEAST_FREE_INODES
-        self._has_room = has_enough and self.directory.has_reserve  # queued mail goes first
-        if had_room and not self._has_room:
+        if has_enough and self.directory.has_reserve:
+            return
+        self._no_room = StorageFull("the disk of the spool is nearly full")  # queued mail goes first
+        if before is None:
             logger.error("no room for new mail", extra={"free_octets": octets, "free_inodes_share": round(inodes, 3)})
 
     # Contents --------------------------------------------------------------------------------------------------

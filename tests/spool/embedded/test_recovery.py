@@ -608,6 +608,43 @@ async def test_a_second_owner_is_refused_and_told_of_the_first(store: EmbeddedSt
     assert store.directory.try_out() == f"pid {os.getpid()}"
 
 
+async def test_a_second_owner_is_refused_also_where_the_lock_file_was_removed(store: EmbeddedStore) -> None:
+    """As by a script that removes stale locks: two owners would overwrite each other's log."""
+    (store.directory.path / "LOCK").unlink()
+    assert store.directory.try_out() == "another process"
+    with pytest.raises(SpoolError, match="belongs to another process"):
+        await at(store.directory.path).open()
+    assert store.directory.try_out() == "another process"  # the lock file is there again, and locked by nobody
+    await store.close()
+    assert store.directory.try_out() is None
+    async with opened(store.directory.path):
+        pass
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+async def test_no_mail_is_taken_where_the_directory_is_gone(
+    store: EmbeddedStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, is_replaced: bool
+) -> None:
+    """What is written to a file that has no name any more would be gone with the process."""
+    monkeypatch.setattr("otel_smtp.spool.embedded.store.ROOM_CHECK_SECONDS", 0.0)
+    path = store.directory.path
+    assert store.refusal() is None
+    path.rename(path.with_name("away"))
+    if is_replaced:
+        path.mkdir()
+    for _ in range(2):
+        refusal = store.refusal()
+        assert refusal is not None
+        assert not isinstance(refusal, StorageFull)
+        assert "directory is gone" in str(refusal)
+    if is_replaced:
+        path.rmdir()
+    path.with_name("away").rename(path)
+    assert store.refusal() is None
+    (line,) = caplog.records
+    assert line.getMessage() == "spool directory gone: new mail refused"
+
+
 async def test_the_lock_goes_with_the_process_not_with_the_file(store: EmbeddedStore) -> None:
     await store.close()
     assert (store.directory.path / "LOCK").exists()
