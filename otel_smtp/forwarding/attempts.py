@@ -156,12 +156,14 @@ class Attempts(Connecting):
             self._smarthost.credentials_refused(fault, self._named())
         self._attempt.failure = str(fault)
         if isinstance(fault, ConnectFailed):
-            logger.warning("no connection to the upstream", extra={**self._named(), **self._smarthost.told(fault)})
+            logger.warning(
+                "no connection to the upstream", extra={**self._named(), **self._smarthost.fault_fields(fault)}
+            )
         self._end(Outcome.DEFERRED, fault.upstream_reply, fault.reply.error_type)
         self._note_fault(fault)
         if was_connected and fault.reply is replies.UPSTREAM_PROTOCOL:
             # Its outcome is unknown: this upstream may still deliver while the next one is asked.
-            self._answer_for_all(fault.told)
+            self._answer_for_all(fault.quoted_reply)
         elif not self._is_aborted:
             self._next_attempt()
 
@@ -192,9 +194,9 @@ class Attempts(Connecting):
             # An upstream's reply, or else the fault of one that was reached.
             said = next((fault for fault in passing if fault.upstream_reply is not None), None)
             met = next((fault for fault in passing if fault.reply is not replies.UPSTREAM_UNAVAILABLE), passing[0])
-            self._answer_for_all((said or met).told)
+            self._answer_for_all((said or met).quoted_reply)
         else:
-            self._answer_for_all(tried[0].told if tried else replies.UPSTREAM_UNAVAILABLE)
+            self._answer_for_all(tried[0].quoted_reply if tried else replies.UPSTREAM_UNAVAILABLE)
 
     # The end of an attempt ---------------------------------------------------------------------------------
 

@@ -212,8 +212,8 @@ class Delivery(Transmitting):
             answers = ExchangeAnswers(answers[1:])
         if answers.contents:
             # LMTP: these are known. The others are unknown, or have not got it, as 421 says.
-            verdicts = [self._as_told(verdict) for verdict in answers.contents]
-            rest = fault.told if said_goodbye else replies.OUTCOME_UNKNOWN
+            verdicts = [self._for_client(verdict) for verdict in answers.contents]
+            rest = fault.quoted_reply if said_goodbye else replies.OUTCOME_UNKNOWN
             verdicts += [rest] * (len(self.accepted) - len(verdicts))
             self._conclude_each(verdicts)
             return

@@ -226,7 +226,7 @@ class Enveloping(Attempts):
     def _refuse(self, recipient: Recipient, verdict: Reply) -> Reply:
         """Note a refused recipient; returns the reply to the client."""
         self._refusal = verdict
-        told = self._as_told(verdict)
+        told = self._for_client(verdict)
         self._attempt.refuse(recipient, told, monotonic_ns())
         return told
 
@@ -275,13 +275,13 @@ class Enveloping(Attempts):
         asked = len(self.accepted) + (len(self._asked) if self._judged is not None else 0)
         self._attempt.accepted_count = asked  # the end of the attempt counts them
 
-    def _as_told(self, refusal: Reply) -> Reply:
+    def _for_client(self, refusal: Reply) -> Reply:
         """The reply to the client for a refusal; a refusal of our credentials says nothing about the mail."""
         if refusal.code < 530 or not is_about_credentials(refusal):
             return refusal
         fault = CredentialsRefused(self._without_secrets(refusal))
         self._smarthost.credentials_refused(fault, self._named())
-        return fault.told
+        return fault.quoted_reply
 
     def _without_secrets(self, refusal: Reply) -> Reply:
         credentials = self._smarthost.settings.credentials

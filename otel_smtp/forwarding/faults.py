@@ -19,7 +19,7 @@ class UpstreamFault(Exception):
         reply: to the client, if the upstream sent none; None: the class's own.
 
     Attributes:
-        reply: the reply to the client if no other upstream is left, without the upstream's words: see `told`.
+        reply: the reply to the client if no other upstream is left, without the upstream's words: see `quoted_reply`.
         upstream_reply: the upstream's own reply that caused it, if it gave one.
     """
 
@@ -33,7 +33,7 @@ class UpstreamFault(Exception):
         self.upstream_reply = upstream_reply
 
     @property
-    def told(self) -> Reply:
+    def quoted_reply(self) -> Reply:
         """`reply`, with the upstream's code and words where it gave any."""
         return quoting(self.reply, self.upstream_reply)
 

@@ -102,7 +102,7 @@ class GlobalLimit:
         self._not_before = max(self._not_before, now + seconds)
         self._soon()
 
-    async def told(self) -> None:
+    async def wait_reported(self) -> None:
         """Wait until all due reports have been made."""
         if self._claiming is not None:
             await asyncio.wait([self._claiming])

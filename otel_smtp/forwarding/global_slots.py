@@ -92,8 +92,8 @@ class GlobalSlots:
         """See `AnySlots.watch`."""
         self._users.add(user)
 
-    async def told(self) -> None:
-        """See `AnySlots.told`."""
+    async def wait_reported(self) -> None:
+        """See `AnySlots.wait_reported`."""
         self._not_before = self._clock() + PAUSE_SECONDS
         self._soon()
         while self._calling is not None:

@@ -238,7 +238,7 @@ class Reaching(ABC):
         if level == self._level:
             return
         is_less, self._level = level < self._level, level
-        why = {} if fault is None else self.told(fault)
+        why = {} if fault is None else self.fault_fields(fault)
         words = {"upstream": self.settings.name, "connections": int(level), **why}
         if is_less:
             logger.warning("upstream connection cap reached; mail waits", extra=words)
@@ -267,7 +267,9 @@ class Reaching(ABC):
             assert ticket.fault is not None
             raise ticket.fault from None
         except ConnectFailed as fault:
-            logger.warning("no connection to the upstream", extra={"upstream": self.settings.name, **self.told(fault)})
+            logger.warning(
+                "no connection to the upstream", extra={"upstream": self.settings.name, **self.fault_fields(fault)}
+            )
             raise
         except asyncio.CancelledError:
             assert self._loop is not None
@@ -297,7 +299,7 @@ class Reaching(ABC):
                 self._learn(None)
                 level = logging.WARNING if wait_seconds == LEARN_AGAIN_SECONDS else logging.DEBUG
                 extra = {"upstream": self.settings.name}
-                logger.log(level, "no connection to the upstream", extra=extra | self.told(fault))
+                logger.log(level, "no connection to the upstream", extra=extra | self.fault_fields(fault))
             except Exception:
                 extra = {"upstream": self.settings.name}
                 logger.exception("connecting to the upstream failed: internal error", extra=extra)
@@ -379,9 +381,9 @@ class Reaching(ABC):
         """
         assert self._loop is not None
         self._note(fault)
-        logger.error("upstream refused our credentials", extra={**named, **self.told(fault)})
+        logger.error("upstream refused our credentials", extra={**named, **self.fault_fields(fault)})
 
-    def told(self, fault: UpstreamFault) -> dict[str, object]:
+    def fault_fields(self, fault: UpstreamFault) -> dict[str, object]:
         """The log fields of a fault."""
         said = fault.upstream_reply
         return {

@@ -97,7 +97,7 @@ class AnySlots(Protocol):
         """Notify this opener when there may be slots."""
         ...
 
-    async def told(self) -> None:
+    async def wait_reported(self) -> None:
         """Wait until others can take all slots given back."""
         ...
 
@@ -181,8 +181,8 @@ class Slots:
         """See `AnySlots.watch`."""
         self._users.add(user)
 
-    async def told(self) -> None:
-        """See `AnySlots.told`."""
+    async def wait_reported(self) -> None:
+        """See `AnySlots.wait_reported`."""
 
     # ------------------------------------------------------------------------------------------------------
 

@@ -177,4 +177,4 @@ class Smarthost(Reaching):
         if self._pool.is_parting:
             self._parted = asyncio.Event()
             await self._parted.wait()
-        await self.slots.told()
+        await self.slots.wait_reported()

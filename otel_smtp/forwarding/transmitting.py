@@ -209,9 +209,9 @@ class Transmitting(Enveloping):
         if answers.refusal is not None:
             self._refused_in_burst(answers)
         elif len(contents) == 1 and (contents[0].code < 400 or not self._connection.protocol.is_lmtp):  # one for all
-            self._conclude(self._as_told(contents[0]) if answers.verdicts else contents[0])
+            self._conclude(self._for_client(contents[0]) if answers.verdicts else contents[0])
         else:
-            self._conclude_each([self._as_told(reply) for reply in contents])
+            self._conclude_each([self._for_client(reply) for reply in contents])
 
     def _refused_in_burst(self, answers: ExchangeAnswers) -> None:
         """MAIL or a recipient was refused, and with it the message."""
@@ -230,7 +230,7 @@ class Transmitting(Enveloping):
         """Note the recipients for whose sake a message was refused before its content."""
         for recipient, verdict in zip(self.accepted, answers.verdicts, strict=False):
             if verdict.code >= 400:
-                self._attempt.refuse(recipient, self._as_told(verdict), monotonic_ns())
+                self._attempt.refuse(recipient, self._for_client(verdict), monotonic_ns())
 
     def _conclude_each(self, verdicts: Sequence[Reply]) -> None:
         """The message has a reply for each recipient."""
@@ -255,7 +255,7 @@ class Transmitting(Enveloping):
         attempt = self._attempt
         said = deciding(verdicts) if verdicts else reply  # without a remark of ours
         own = said if said.error_type is ErrorType.UPSTREAM_REFUSED else None
-        reply = self._as_told(reply)
+        reply = self._for_client(reply)
         outcome = outcome_of(reply)
         for recipient, verdict in zip(self.accepted, verdicts, strict=False):
             if verdict.code >= 400:

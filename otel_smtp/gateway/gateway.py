@@ -400,7 +400,7 @@ class Gateway:
         relay_by_them()
         self._server.hold_to(policies, **wiring.admission(settings))
         if self._spool is not None:
-            self._spool.tell(receivers)
+            self._spool.report_to(receivers)
         telemetry = settings.telemetry
         inbound = wiring.inbound_policies(settings)
         self._telemetry.show(redaction, inbound, probes=telemetry.probes, with_message_id=telemetry.message_id)
@@ -426,7 +426,7 @@ class Gateway:
         relay = self._forwarder.for_spool()
         direct = self._forwarder if self._settings.delivery.mode == "direct-then-queue" else None
         spool = Spool(wiring.spool_settings(self._settings), store, relay, direct, self._observer)
-        spool.tell(_usable(wiring.receivers(self._settings)))
+        spool.report_to(_usable(wiring.receivers(self._settings)))
         return spool
 
     @property

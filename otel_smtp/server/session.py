@@ -138,7 +138,7 @@ class Session(Admission):
         assert self._transaction is not None
         self._transaction.refuse(recipient, reply, self._protocol.now_ns)
 
-    def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
+    def as_sent(self, reply: Reply, *, is_of_content: bool) -> Reply:
         """See `Handler`: adds the trace id. Before there is a header block that is the connection's trace, which has
         the Error event.
         """

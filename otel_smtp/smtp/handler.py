@@ -44,7 +44,7 @@ class Handler(ContentSink, Protocol):
         """The engine refused a RCPT of the open transaction with `reply`."""
         ...
 
-    def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
+    def as_sent(self, reply: Reply, *, is_of_content: bool) -> Reply:
         """The refusal of MAIL, RCPT or content as it is sent: with a trace id that helps people to find it, if there is
         one.
 

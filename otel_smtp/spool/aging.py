@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from otel_smtp.observing import Fate, Observer, SpoolAction, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import EnhancedStatus, Reply
-from otel_smtp.spool.attempts import MESSAGE_KINDS, Recording, told
+from otel_smtp.spool.attempts import MESSAGE_KINDS, Recording, lease_fields
 from otel_smtp.spool.dsn.notices import Notices
 from otel_smtp.spool.dsn.report import NoticeKind
 from otel_smtp.spool.messages import End, Kind, Lease, NoSuchMessage, StorageAway, StorageBroken, Verdict
@@ -84,7 +84,7 @@ class Aging:
             )
         except Exception:
             # Nothing else lets go of what is leased here: it is ended at a later look.
-            logger.exception("notice not created", extra=told(lease))
+            logger.exception("notice not created", extra=lease_fields(lease))
             await self._give_back(lease)
             return
         self._tell(lease, SpoolAction.EXPIRED)
@@ -92,10 +92,10 @@ class Aging:
             last = parsed(lease.recipients[0].last_reply) if lease.recipients else None
             logger.critical(
                 "notice expired undelivered",
-                extra={**told(lease), "code": last.code if last is not None else None},
+                extra={**lease_fields(lease), "code": last.code if last is not None else None},
             )
         else:
-            logger.warning("message expired", extra={**told(lease), "recipients": len(lease.recipients)})
+            logger.warning("message expired", extra={**lease_fields(lease), "recipients": len(lease.recipients)})
         verdicts = [Verdict(one.number, End.EXPIRED, replies.EXPIRED) for one in lease.recipients]
         outcomes: Sequence[Notice] = ()
         if self.outcomes is not None:
@@ -127,10 +127,10 @@ class Aging:
         except (StorageAway, StorageBroken):
             raise
         except Exception:  # the others are warned all the same
-            logger.exception("notice not created", extra=told(lease))
+            logger.exception("notice not created", extra=lease_fields(lease))
             return
         if await self._store.warn(lease.message_id, notices):
-            logger.warning("message delayed; sender warned", extra=told(lease))
+            logger.warning("message delayed; sender warned", extra=lease_fields(lease))
             self._wake([destination for notice, _ in notices for destination in notice.deliveries])
 
 

@@ -97,13 +97,13 @@ class Recording:
 
     def _may_succeed(self, lease: Lease, error: SpoolError) -> bool:
         if isinstance(error, StaleLease):
-            logger.error("delivery result discarded: lease ended", extra={**told(lease), "fault": str(error)})
+            logger.error("delivery result discarded: lease ended", extra={**lease_fields(lease), "fault": str(error)})
             self._tell_superseded(lease)
             return False
         if isinstance(error, StorageBroken):
-            logger.critical("delivery result not recorded", extra={**told(lease), "fault": str(error)})
+            logger.critical("delivery result not recorded", extra={**lease_fields(lease), "fault": str(error)})
             return False
-        logger.error("delivery result not recorded yet", extra={**told(lease), "fault": str(error)})
+        logger.error("delivery result not recorded yet", extra={**lease_fields(lease), "fault": str(error)})
         return not self.is_stopping
 
     def _tell_superseded(self, lease: Lease) -> None:
@@ -120,7 +120,7 @@ class Recording:
 
     async def mark_corrupt(self, lease: Lease) -> None:
         """Set aside a message with damaged content."""
-        logger.critical("queued content damaged; message set aside", extra=told(lease))
+        logger.critical("queued content damaged; message set aside", extra=lease_fields(lease))
         loop = asyncio.get_running_loop()
         await self.record(lease, lambda: loop.create_task(self._store.mark_corrupt(lease)))
 
@@ -206,7 +206,7 @@ class Attempt:
     def start(self) -> None:
         """Begin."""
         if self.lease.is_possible_duplicate:
-            logger.warning("message retried: the upstream may have it already", extra=told(self.lease))
+            logger.warning("message retried: the upstream may have it already", extra=lease_fields(self.lease))
         self._begin()
 
     def _begin(self) -> None:
@@ -323,7 +323,7 @@ class Attempt:
             self._means.ended(self)
         except SpoolError as error:
             # It cannot be read. No upstream has heard of the message yet.
-            logger.error("queued message unreadable", extra={**told(self.lease), "fault": str(error)})
+            logger.error("queued message unreadable", extra={**lease_fields(self.lease), "fault": str(error)})
             self._abort()
             self._judge([replies.STORAGE_FAILED] * len(self.lease.recipients))
         except Exception:  # noqa: BLE001 - it is logged
@@ -342,7 +342,7 @@ class Attempt:
         holds = self._means.holds
         if holds is None or holds(self.lease):
             return False
-        logger.warning("delivery attempt abandoned: its lease may have ended", extra=told(self.lease))
+        logger.warning("delivery attempt abandoned: its lease may have ended", extra=lease_fields(self.lease))
         self._abort()
         if not self._is_judged:
             self._means.judged(self)
@@ -370,7 +370,7 @@ class Attempt:
 
     def _fail(self) -> None:
         """An internal error; called while the exception is handled."""
-        logger.exception("delivery attempt failed: internal error", extra=told(self.lease))
+        logger.exception("delivery attempt failed: internal error", extra=lease_fields(self.lease))
         self._abort()
         self._judge([replies.INTERNAL] * len(self.lease.recipients))
 
@@ -420,7 +420,7 @@ class Attempt:
     def _begin_again(self) -> None:
         """Some upstreams refuse the null sender (against RFC 5321 4.5.5), at MAIL, at RCPT or with the content."""
         said = self._record.deliveries[-1].reply if self._record.deliveries else None
-        logger.warning("null sender refused, notice_sender is used", extra={**told(self.lease), **_codes(said)})
+        logger.warning("null sender refused, notice_sender is used", extra={**lease_fields(self.lease), **_codes(said)})
         self._mail = self._mail._replace(reverse_path=self._means.notices.sender)
         self._answers = ()
         self._room = self._task = self._content = None
@@ -470,13 +470,15 @@ class Attempt:
             if is_held:
                 # It could be sent if the upstream's or our settings were different: an operator must act.
                 verdicts = [Verdict(one.number, None, one.reply) for one in verdicts]
-                logger.error("notice refused for good: held", extra={**told(lease), **_codes(verdicts[0].reply)})
+                logger.error(
+                    "notice refused for good: held", extra={**lease_fields(lease), **_codes(verdicts[0].reply)}
+                )
             try:
                 notices = await self._notices_of(verdicts)
             except Exception:
                 # Recipients that have the mail must not get it again because of this; refused ones are attempted once
                 # more, and reported then.
-                logger.exception("notice not created", extra=told(lease))
+                logger.exception("notice not created", extra=lease_fields(lease))
                 verdicts = [
                     one if one.end is End.DELIVERED else Verdict(one.number, None, one.reply) for one in verdicts
                 ]
@@ -543,7 +545,7 @@ class Attempt:
             if end is End.FAILED:
                 logger.warning(
                     "recipients refused for good",
-                    extra={**told(lease), "recipients": len(ended), **_codes(ended[0][1])},
+                    extra={**lease_fields(lease), "recipients": len(ended), **_codes(ended[0][1])},
                 )
             elif self._means.relay.capabilities().dsn:
                 continue  # the upstream has taken over the report of success (RFC 3461 5.2.1)
@@ -570,7 +572,7 @@ def _codes(reply: Reply | None) -> dict[str, object]:
     return {"code": reply.code, "enhanced_code": str(reply.enhanced) if reply.enhanced is not None else None}
 
 
-def told(lease: Lease) -> dict[str, object]:
+def lease_fields(lease: Lease) -> dict[str, object]:
     """The log fields of a lease."""
     traceparent = lease.carrier.get("traceparent")
     named = {"spool_id": lease.message_id, "attempt": lease.attempt, "traceparent": traceparent}

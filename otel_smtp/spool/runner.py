@@ -140,7 +140,7 @@ class Runner:
         self.oldest: Sequence[MessageView] = ()
         self.company: Company | None = None
 
-    def tell_of(self, outcomes: "Outcomes") -> None:
+    def report_outcomes(self, outcomes: "Outcomes") -> None:
         """From now on, store with each end its outcome for the application."""
         self._means.outcomes = self._aging.outcomes = outcomes
 

@@ -20,7 +20,7 @@ from otel_smtp.spool.store import Store
 
 if TYPE_CHECKING:
     from otel_smtp.spool.outcomes.receivers import OutcomeFigures, ReceiverSettings
-    from otel_smtp.spool.outcomes.telling import Telling
+    from otel_smtp.spool.outcomes.reporting import OutcomeReporting
 
 logger: Final = logging.getLogger("otel_smtp.spool.service")
 
@@ -72,7 +72,7 @@ class Spool:
         self.runner = Runner(store, relay, notices, schedule, observer)
         self._observer = observer
         self._settings = settings
-        self._telling: Telling | None = None
+        self._reporting: OutcomeReporting | None = None
         self._is_running = False
         intake = Intake(
             store,
@@ -122,8 +122,8 @@ class Spool:
             await self._control.start()
         await self.runner.start()
         self._is_running = True
-        if self._telling is not None:
-            self._telling.start()
+        if self._reporting is not None:
+            self._reporting.start()
 
     async def stop(self, *, grace_seconds: float, before_leaving: Callable[[], Awaitable[None]] | None = None) -> None:
         """Begin no more attempts, let those under way end within the grace period, and close the store.
@@ -135,30 +135,30 @@ class Spool:
             await self._control.stop()
         await self.runner.stop(grace_seconds=grace_seconds)
         self._is_running = False
-        if self._telling is not None:
-            await self._telling.stop()
+        if self._reporting is not None:
+            await self._reporting.stop()
         if before_leaving is not None:
             await before_leaving()
         await self.store.close()
 
-    def tell(self, receivers: "Sequence[ReceiverSettings]") -> None:
+    def report_to(self, receivers: "Sequence[ReceiverSettings]") -> None:
         """From now on, report each recipient's outcome to these receivers. Without any, nothing is imported."""
-        if self._telling is None:
+        if self._reporting is None:
             if not receivers:
                 return
-            from otel_smtp.spool.outcomes.telling import Telling
+            from otel_smtp.spool.outcomes.reporting import OutcomeReporting
 
             settings = self._settings
-            self._telling = Telling(self.store, settings.schedule, hostname=settings.hostname)
-            self.runner.tell_of(self._telling.outcomes)
-            self.operations.outcomes_changed = self._telling.look_soon
+            self._reporting = OutcomeReporting(self.store, settings.schedule, hostname=settings.hostname)
+            self.runner.report_outcomes(self._reporting.outcomes)
+            self.operations.outcomes_changed = self._reporting.look_soon
             if self._is_running:
-                self._telling.start()
-        self._telling.receivers.replace(receivers)
+                self._reporting.start()
+        self._reporting.receivers.replace(receivers)
 
     def receivers(self) -> "Sequence[tuple[str, OutcomeFigures, int, float | None]]":
         """The receivers of outcomes: name, figures, number waiting, and the oldest's time in Unix seconds."""
-        return () if self._telling is None else self._telling.receivers.figures()
+        return () if self._reporting is None else self._reporting.receivers.figures()
 
     def problem(self) -> str | None:
         """Why no mail is accepted now, or an operator must act, for health checks."""

@@ -250,7 +250,7 @@ async def test_slots_of_the_database_are_taken_for_those_who_wait_and_given_back
     user.wanted = 0
     for _ in range(2):
         slots.give_back(time.monotonic(), lingers=False)
-    await slots.told()
+    await slots.wait_reported()
     assert (slots.held, ledger.ours) == (0, set())
 
 
@@ -263,7 +263,7 @@ async def test_what_was_given_back_without_an_answer_is_given_back_again() -> No
     (ours,) = ledger.ours
     ledger.is_away = True
     slots.give_back(time.monotonic(), lingers=False)
-    await slots.told()
+    await slots.wait_reported()
     user.wanted = 1
     assert not slots.take(time.monotonic())  # it may be another's by now
     ledger.is_away = False

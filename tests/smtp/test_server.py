@@ -86,7 +86,7 @@ class Forgetful:
     def content_received(self, data: bytes) -> None:
         pass
 
-    def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
+    def as_sent(self, reply: Reply, *, is_of_content: bool) -> Reply:
         """See `Handler`."""
         return reply
 

@@ -386,7 +386,7 @@ class EngineDriver:
         """See `Handler`."""
         self._take(ContentReceived(data))
 
-    def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
+    def as_sent(self, reply: Reply, *, is_of_content: bool) -> Reply:
         """See `Handler`."""
         return reply
 

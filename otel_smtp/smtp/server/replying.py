@@ -306,7 +306,7 @@ class Replying(StateMachine):
             self.enter(ConnState.ERROR, ErrorReply(verb, reply, reply.error_type, number))
         self.said.append((verb, reply))
         is_refusal = reply.code >= 400 and verb in _OF_MAIL
-        self.out += self._handler.as_told(reply, is_of_content=verb in _OF_CONTENT).wire if is_refusal else reply.wire
+        self.out += self._handler.as_sent(reply, is_of_content=verb in _OF_CONTENT).wire if is_refusal else reply.wire
         if reply.closes or reply.code == 421:
             # RFC 5321 3.8: a server closes after 421.
             self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))

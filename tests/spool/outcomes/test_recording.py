@@ -80,7 +80,7 @@ async def running(
     woken: list[bool] = []
     notices = Notices(store, relay, policy=bounce, hostname="gw.example")
     runner = Runner(store, relay, notices, AT_ONCE, relay.observer)
-    runner.tell_of(
+    runner.report_outcomes(
         Outcomes(store, known, hostname="gw.example", max_age_seconds=1000.0, wake=lambda: woken.append(True))
     )
     await runner.start()

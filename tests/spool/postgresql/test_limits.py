@@ -267,7 +267,7 @@ async def test_what_a_provider_tells_one_gateway_holds_for_the_other() -> None:
     await until(lambda: all(sender.answered for sender in senders))
     limit = senders[0].limit
     limit.rest(1.5, time.monotonic())
-    await limit.told()
+    await limit.wait_reported()
     rested_at = time.monotonic()
     (row,) = await second.limits()
     assert 0 < row["rests_for"] <= 1.5
@@ -313,7 +313,7 @@ async def test_operators_see_which_gateway_holds_what() -> None:
     peer = store(place, "peer")
     await peer.open()
 
-    await limit.told()
+    await limit.wait_reported()
     (row,) = await peer.limits()
     assert (row["in_flight"], row["used"], row["gateways"]) == (0, 1, {})
     await one.close()

@@ -7,7 +7,7 @@ from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.store import Store
 
 
-class Telling:
+class OutcomeReporting:
     """Makes outcomes, and sends them.
 
     Attributes:
