@@ -9,7 +9,6 @@ import ipaddress
 import re
 import ssl
 from collections import deque
-from dataclasses import dataclass
 from typing import Final
 
 import pytest
@@ -23,6 +22,7 @@ from tests.support.clock import advance
 from tests.support.dialogue import Act, Dialogue, Expect, ReplyReader, Say, ServerCloses, Step, load, matches
 from tests.support.engine import PASSWORD, USER, policy_from
 from tests.support.fake_stream import FakeStream
+from tests.support.known_password import KnownPassword
 from tests.support.recording import RecordingObserver
 from tests.support.scripted_forwarder import ScriptedForwarder
 
@@ -61,26 +61,9 @@ class HandshakingStream(FakeStream):
         return await super().start_tls(context, server_side=server_side, timeout_seconds=timeout_seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """A password that is checked at no cost."""
-
-    password: str
-
-    def is_proven_by(self, password: str) -> bool:
-        return password == self.password
-
-    def decoy(self) -> "Known":
-        return Known("nobody's")
-
-    @property
-    def cost(self) -> str:
-        return "none"
-
-
 @pytest.fixture(scope="module")
 def users() -> Users:
-    return Users({USER: Known(PASSWORD)})
+    return Users({USER: KnownPassword(PASSWORD)})
 
 
 class StreamRun:

@@ -21,30 +21,16 @@ from otel_smtp.smtp.sequence import Phase
 from otel_smtp.smtp.server import dispatching, protocol, receiving
 from otel_smtp.smtp.states import TlsMode
 from tests.support.dialogue import UpstreamScript, scripted_reply
-from tests.support.engine import HOSTNAME, EngineDriver, Record, base64_of
+from tests.support.engine import HOSTNAME, SMALL_LIMITS, EngineDriver, Record, base64_of
 
-LIMITS: Final = ServerLimits(
-    message_size=200,
-    recipients=3,
-    messages_per_connection=4,
-    errors=6,
-    junk_commands=8,
-    command_line=80,
-    auth_line=100,
-    text_line=60,
-    header_size=100,
-    header_lines=4,
-    hops=2,
-    auth_failures=2,
-)
 POLICIES: Final = {
-    "plain": ServerPolicy(HOSTNAME, limits=LIMITS),
+    "plain": ServerPolicy(HOSTNAME, limits=SMALL_LIMITS),
     "all offered": ServerPolicy(
         HOSTNAME,
         tls_mode=TlsMode.STARTTLS,
         auth_mechanisms=("PLAIN", "LOGIN"),
         auth_in_clear=True,
-        limits=LIMITS,
+        limits=SMALL_LIMITS,
     ),
     "all required": ServerPolicy(
         HOSTNAME,
@@ -53,10 +39,10 @@ POLICIES: Final = {
         auth_mechanisms=("PLAIN",),
         auth_required=True,
         rejects_bare_line_ends=True,
-        limits=LIMITS,
+        limits=SMALL_LIMITS,
     ),
-    "implicit TLS": ServerPolicy(HOSTNAME, tls_mode=TlsMode.IMPLICIT, limits=LIMITS),
-    "LMTP": ServerPolicy(HOSTNAME, is_lmtp=True, limits=LIMITS),
+    "implicit TLS": ServerPolicy(HOSTNAME, tls_mode=TlsMode.IMPLICIT, limits=SMALL_LIMITS),
+    "LMTP": ServerPolicy(HOSTNAME, is_lmtp=True, limits=SMALL_LIMITS),
     "patient": ServerPolicy(
         HOSTNAME, tls_mode=TlsMode.STARTTLS, auth_mechanisms=("PLAIN",), auth_in_clear=True
     ),  # the defaults: sessions last

@@ -21,28 +21,13 @@ from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.sequence import Phase
 from otel_smtp.smtp.states import CloseReason, TlsMode, Transition
 from tests.support.dialogue import UpstreamScript, scripted_reply
-from tests.support.engine import HOSTNAME, EngineDriver, Record
+from tests.support.engine import HOSTNAME, SMALL_LIMITS, EngineDriver, Record
 from tests.support.events import TlsRequested
 from tests.support.held import held_octets
 
 HEAD_OCTETS: Final = 7
 SEPARATOR: Final = 0xFF
 
-# Small, so that an input of some hundred octets reaches each of them.
-LIMITS: Final = ServerLimits(
-    message_size=200,
-    recipients=3,
-    messages_per_connection=4,
-    errors=6,
-    junk_commands=8,
-    command_line=80,
-    auth_line=100,
-    text_line=60,
-    header_size=100,
-    header_lines=4,
-    hops=2,
-    auth_failures=2,
-)
 # One octet of the input, by its lowest three bits; half of them are yes.
 _VERDICTS: Final = (
     None,
@@ -79,7 +64,7 @@ def policy_of(first: int, second: int) -> ServerPolicy:
         auth_required=bool(first & 64),
         auth_in_clear=bool(first & 128),
         rejects_bare_line_ends=bool(second & 1),
-        limits=ServerLimits() if second & 2 else LIMITS,
+        limits=ServerLimits() if second & 2 else SMALL_LIMITS,
     )
 
 

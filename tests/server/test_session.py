@@ -8,7 +8,7 @@ import ssl
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import ClassVar, Final
 
@@ -31,6 +31,7 @@ from otel_smtp.smtp.states import CloseReason, TlsMode
 from tests.server.keeping import KeepingForwarder, Noting, WatchedServer, Watching
 from tests.support.clock import advance
 from tests.support.fake_stream import PEER, FakeStream
+from tests.support.known_password import KnownPassword
 from tests.support.waiting import until
 
 EVERYONE = (ipaddress.ip_network("0.0.0.0/0"),)
@@ -915,29 +916,12 @@ def test_networks_hold_addresses_of_both_families(host: str, is_listed: bool) ->
     assert is_in(networks, host) is is_listed
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """A password that is checked at no cost."""
-
-    password: str
-
-    def is_proven_by(self, password: str) -> bool:
-        return password == self.password
-
-    def decoy(self) -> "Known":
-        return Known("nobody's")
-
-    @property
-    def cost(self) -> str:
-        return "none"
-
-
 STRANGERS = replace(
     POLICY,
     allow=(),
     protocol=ServerPolicy("gw.example.com", tls_mode=TlsMode.STARTTLS, auth_mechanisms=("PLAIN",), auth_in_clear=True),
     tls_context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
-    authenticator=Authenticator(Users({"user": Known("secret")})),
+    authenticator=Authenticator(Users({"user": KnownPassword("secret")})),
 )
 LOGIN = b"AUTH PLAIN AHVzZXIAc2VjcmV0\r\n"
 

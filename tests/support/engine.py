@@ -49,6 +49,21 @@ HOSTNAME: Final = "gateway.example"
 MAX_REPLY_LINE_OCTETS: Final = 512  # RFC 5321 4.5.3.1.5
 USER: Final = "user"
 PASSWORD: Final = "secret"
+# An input of some hundred octets reaches each of them.
+SMALL_LIMITS: Final = ServerLimits(
+    message_size=200,
+    recipients=3,
+    messages_per_connection=4,
+    errors=6,
+    junk_commands=8,
+    command_line=80,
+    auth_line=100,
+    text_line=60,
+    header_size=100,
+    header_lines=4,
+    hops=2,
+    auth_failures=2,
+)
 
 _VERBS: Final = frozenset({None, "other", *Verb})
 _MECHANISMS: Final = frozenset({None, "other", *MECHANISMS})
