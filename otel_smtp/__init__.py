@@ -2,39 +2,38 @@
 
 A message's path through the package
 ------------------------------------
-1. `server.listener` accepts a socket, over a stream of `net`.
+1. `server.listener` accepts a socket, as a stream of `net`.
 2. `server.session` feeds its octets to `smtp.server.ServerProtocol`, the engine. The engine answers every command that
-   needs no decision, and records each state before the reply that goes with it can be seen.
+   needs no decision, and records each state before its reply can be seen.
 3. MAIL, recipients and content go to a `forwarding.base.Forwarder`. The upstream relay (`forwarding.upstream`) takes a
    connection from its pool and drives it through `smtp.client.ClientProtocol`; the client gets the upstream's answers.
-   In a queue mode, `spool` makes the message durable first, or when the upstream fails for now, and retries until it
-   is delivered, or too old and returned to its sender.
-4. What happened is noted in records as it happens, and `observing.Observer` receives them: `telemetry` turns them into
-   spans, events, metrics and log lines, `status` shows them, and a `conn_state` callback gets each transition.
+   In a queue mode, `spool` makes the message durable, at once or after a temporary failure of the upstream, and retries
+   until it is delivered, or expires and is returned to its sender.
+4. Records collect the facts, and each `observing.Observer` receives finished records: `telemetry` makes spans, events,
+   metrics and log lines from them, `status` shows them, and a `conn_state` callback gets each transition.
 
-Where a change is made
-----------------------
-* What may be said and how it is answered: `smtp`, without input and output. An extension is a row of `smtp.extensions`,
-  a reply a line of `smtp.replies`, a connection state a row of `smtp.states`.
-* Who may connect, log in, and how long they may take: `server`. Sockets and their deadlines themselves: `net`.
-* Which upstream gets a mail, when, over which connection, and what its answers mean: `forwarding`.
-* What becomes of a mail that waits: `spool`; how it is kept: `spool.embedded` (a directory), `spool.postgresql` (a
-  database); what its sender and its application receive: `spool.dsn`,
-  `spool.outcomes`.
-* What is noted of all this: `observing`. How OpenTelemetry says it: `telemetry`, with every name in
-  `telemetry.attributes`. What the status port shows: `status`.
-* A setting: its row in `config.settings`, and `gateway.wiring`, which gives it to the room that uses it. Start, reload,
-  workers and shutdown: `gateway`.
-* What people type: `commands`. For applications that send mail: `client`; for their tests: `testing`.
+Where to change something
+-------------------------
+* Commands and their replies: `smtp`, without input and output. An extension is a row of `smtp.extensions`, a reply a
+  line of `smtp.replies`, a connection state a row of `smtp.states`.
+* Access, AUTH, TLS and time limits of clients: `server`. Sockets, and the sweep of deadlines: `net`.
+* Choosing an upstream, connections to it, and the meaning of its answers: `forwarding`.
+* Queued mail, its retries and expiry: `spool`; storing it: `spool.embedded` (a directory), `spool.postgresql` (a
+  database); notices to senders: `spool.dsn`; reports to the application: `spool.outcomes`.
+* Records, and the hooks of observers: `observing`. OpenTelemetry: `telemetry`, with every name in
+  `telemetry.attributes`. The status port: `status`.
+* A setting: its row in `config.settings`, and `gateway.wiring`, which passes it to the package that uses it. Start,
+  reload, workers and shutdown: `gateway`.
+* The command line: `commands`. For applications that send mail: `client`; for their tests: `testing`.
 
-Programs that embed the gateway need these two::
+Programs that embed the gateway need these two names::
 
     settings = load(upstream=["smtp://127.0.0.1:1025"], listen=["127.0.0.1:0"])
     async with Gateway(settings, conn_state=callback) as gateway:
         print(gateway.addresses)
 
-`load` raises `SettingsError`. `Gateway(...)` raises `CertificateError` or `UsersFileError`
-where a file that the settings name is wrong, and its start `CannotListen` or `SpoolError`.
+`load` raises `SettingsError`. `Gateway(...)` raises `CertificateError` or `UsersFileError` if a file that the settings
+name is wrong, and its start `CannotListen` or `SpoolError`.
 """
 
 from typing import TYPE_CHECKING, Any
