@@ -11,7 +11,8 @@ from otel_smtp.forwarding.base import Forwarder, Relay
 from otel_smtp.observing import Observer
 from otel_smtp.spool.deeds import note_crashes
 from otel_smtp.spool.dsn.notices import BouncePolicy, Notices
-from otel_smtp.spool.forwarders import DirectThenQueueForwarder, Intake, SpoolForwarder
+from otel_smtp.spool.forwarders import DirectThenQueueForwarder, SpoolForwarder
+from otel_smtp.spool.intake import Intake
 from otel_smtp.spool.messages import Company, Counts, MessageView, SpoolError
 from otel_smtp.spool.operators import ControlSocket, Operations
 from otel_smtp.spool.runner import Runner

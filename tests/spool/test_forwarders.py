@@ -14,7 +14,8 @@ from otel_smtp.smtp.envelope import Body, Recipient
 from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.spool.embedded import EmbeddedStore
-from otel_smtp.spool.forwarders import DirectThenQueueForwarder, Intake, SpoolForwarder
+from otel_smtp.spool.forwarders import DirectThenQueueForwarder, SpoolForwarder
+from otel_smtp.spool.intake import Intake
 from otel_smtp.spool.messages import Lease, SpoolError, StorageAway, StorageBusy, StorageFull
 from tests.spool.messages import CARRIER
 from tests.spool.queueing import ResumedDeliveries, client_record, eventually, some_bytes
