@@ -125,7 +125,7 @@ class SpoolDirectory:
         return False
 
     def _lock_directory(self) -> int:
-        """Lock the directory itself: somebody may remove the lock file as stale.
+        """Lock the directory itself: an operator may remove the lock file as stale.
 
         Raises:
             BlockingIOError: another process has locked it.
