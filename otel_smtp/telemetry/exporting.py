@@ -332,14 +332,15 @@ class Export(Generic[T]):
         )
 
     def _attempt(self, request: Sequence[bytes], deadline: float) -> CollectorAnswer:
-        seconds = min(self._settings.request_seconds, min(deadline, self._stop_by) - time.monotonic())
-        if seconds <= 0:
-            return CollectorAnswer(BatchOutcome.AGAIN, "no time left")
         if self._collector is None:
             try:
                 self._collector = self._connect()
             except OSError as error:
                 return CollectorAnswer(BatchOutcome.AGAIN, file_failure(error))
+        # Only now: to make a collector imports its library, which takes a part of the time that is left at the end.
+        seconds = min(self._settings.request_seconds, min(deadline, self._stop_by) - time.monotonic())
+        if seconds <= 0:
+            return CollectorAnswer(BatchOutcome.AGAIN, "no time left")
         return self._collector.send(request, seconds)
 
     def _settle(self, spans: int, answer: CollectorAnswer, reason: DropReason) -> None:

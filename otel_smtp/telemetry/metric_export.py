@@ -331,14 +331,15 @@ class MetricExport:
 
     def _send(self, request: bytes) -> CollectorAnswer:
         assert self._connect is not None
-        seconds = min(self._request_seconds, self._stop_by - time.monotonic())
-        if seconds <= 0:
-            return CollectorAnswer(BatchOutcome.AGAIN, "no time left")
         if self._collector is None:
             try:
                 self._collector = self._connect()
             except OSError as error:
                 return CollectorAnswer(BatchOutcome.AGAIN, file_failure(error))
+        # Only now: to make a collector imports its library, which takes a part of the time that is left at the end.
+        seconds = min(self._request_seconds, self._stop_by - time.monotonic())
+        if seconds <= 0:
+            return CollectorAnswer(BatchOutcome.AGAIN, "no time left")
         return self._collector.send([request], seconds)
 
     def _failed(self, why: str, *, with_traceback: bool = False) -> None:

@@ -515,3 +515,25 @@ def test_a_port_where_nobody_listens_is_a_failure_like_others() -> None:
     export.take(span())
     assert export.shutdown(WAIT_SECONDS)
     assert lost(export) == {"export_failed": 1}
+
+
+def test_the_time_that_a_collector_takes_to_be_made_is_taken_from_its_last_request() -> None:
+    import_seconds, budget_seconds = 0.3, 5.0
+    given: list[float] = []
+
+    class Asked:
+        def send(self, request: Sequence[bytes], timeout_seconds: float) -> CollectorAnswer:
+            given.append(timeout_seconds)
+            return TAKEN
+
+        def close(self) -> None: ...
+
+    def connect() -> Asked:
+        threading.Event().wait(import_seconds)  # as long as a library's import may take
+        return Asked()
+
+    export = export_to(connect, replace(QUICK, delay_seconds=60.0, request_seconds=60.0, export_seconds=60.0))
+    export.take(span(1))
+    assert export.shutdown(budget_seconds)
+    [seconds] = given
+    assert seconds <= 0.9 * budget_seconds - import_seconds

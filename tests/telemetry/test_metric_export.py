@@ -4,14 +4,17 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 from opentelemetry.sdk.metrics.export import MetricsData
+from opentelemetry.sdk.resources import Resource
 
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.attributes import Instrument
-from otel_smtp.telemetry.metric_export import MetricExport
+from otel_smtp.telemetry.collector import BatchOutcome, CollectorAnswer
+from otel_smtp.telemetry.metric_export import MetricExport, MetricsReading
+from otel_smtp.telemetry.metrics import Metrics
 from otel_smtp.telemetry.setup import Telemetry, TelemetryOptions, set_up
 from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver, ReceivedMetric
 from tests.support.process import until
@@ -343,3 +346,26 @@ def test_an_interval_that_is_too_short_leaves_nine_tenths_of_the_time_to_mail() 
     # The first one has its imports to do, and is not counted.
     for before, after in itertools.pairwise(begun[1:6]):
         assert after - before >= 10 * busy_seconds
+
+
+def test_the_time_that_a_collector_takes_to_be_made_is_taken_from_its_last_request() -> None:
+    import_seconds, budget_seconds = 1.0, 5.0
+    given: list[float] = []
+
+    class Asked:
+        def send(self, request: Sequence[bytes], timeout_seconds: float) -> CollectorAnswer:
+            given.append(timeout_seconds)
+            return CollectorAnswer(BatchOutcome.TAKEN)
+
+        def close(self) -> None: ...
+
+    def connect() -> Asked:
+        threading.Event().wait(import_seconds)  # as long as a library's import may take
+        return Asked()
+
+    reading = MetricsReading(Metrics(), Resource({}), "1")
+    export = MetricExport(reading.read, connect, interval_seconds=3600, request_seconds=60)
+    export.start()
+    assert export.shutdown(budget_seconds)
+    [seconds] = given
+    assert seconds <= 0.9 * budget_seconds - import_seconds
