@@ -27,6 +27,7 @@ Attributes = Mapping[str, AttributeValue]
 
 MAX_VALUE_CHARACTERS: Final = 256  # Tempo cuts at 2048; a reply line has 512; 256 holds every queue id that we know of
 MAX_DOMAINS: Final = 10
+MAX_EVENT_OCTETS: Final = 1024
 
 
 class Type(StrEnum):

@@ -52,6 +52,8 @@ _CLOSED_BY: Final = {CloseReason.INTERNAL_ERROR: ErrorType.INTERNAL, CloseReason
 _FAILURE_SUBJECTS: Final = frozenset({3, 4})
 
 _when: Final = attrgetter("at_ns")
+# With one that is no longer, an event about a recipient has room for all the rest.
+_SHORT_ADDRESS_CHARACTERS: Final = 96
 
 _CONNECTIONS: Final = span_table(
     names.SPAN_CONNECTION,
@@ -425,7 +427,21 @@ class SpanAttributes:
             attributes[names.REPLY_TEXT] = self.words(one.reply)
         if one.upstream is not None:
             attributes[names.UPSTREAM_NAME] = one.upstream
+        if len(str(attributes.get(names.RCPT_ADDRESS, ""))) > _SHORT_ADDRESS_CHARACTERS:
+            _cut_to_event(attributes)
         return attributes
+
+
+def _cut_to_event(attributes: dict[str, names.AttributeValue]) -> None:
+    """Cut what is long about a recipient until an event holds it: first the address, whose domain stands beside it."""
+    octets = {name: len(str(value).encode()) for name, value in attributes.items()}
+    # In an event, its own name and time, and what OTLP has around each attribute.
+    excess = sum(octets.values()) + sum(map(len, octets)) + 12 * len(octets) + 64 - names.MAX_EVENT_OCTETS
+    for name, least in ((names.RCPT_ADDRESS, _SHORT_ADDRESS_CHARACTERS), (names.REPLY_TEXT, 0)):
+        if excess > 0 and name in attributes:
+            kept = str(attributes[name]).encode()[: max(least, octets[name] - excess)].decode(errors="ignore")
+            attributes[name] = kept
+            excess -= octets[name] - len(kept.encode())
 
 
 def _not_among(accepted: Sequence[Recipient], refused: Sequence[RecipientRecord]) -> list[Recipient]:

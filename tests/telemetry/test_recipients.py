@@ -27,7 +27,7 @@ from otel_smtp.telemetry.logs import ACCESS, JsonRenderer, LineFormatter
 from otel_smtp.telemetry.metrics import Metrics
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.redaction import Addresses, Redaction
-from otel_smtp.telemetry.shapes import EncodedSpan
+from otel_smtp.telemetry.shapes import EncodedSpan, EventShape, encode_event
 from otel_smtp.telemetry.terminal_log import MailLines
 from otel_smtp.telemetry.tracing import Tracing
 from tests.telemetry.driving import QUEUED, Client, Kept, begin_delivery, each_to, finish_delivery
@@ -114,6 +114,35 @@ def test_a_recipient_is_shown_as_far_as_addresses_are(redaction: Redaction, show
     assert found.keys() == shown.keys()
     if "smtp.rcpt.domain" in shown:
         assert found == shown
+
+
+@pytest.mark.parametrize(
+    "local", ["x" * 64, "x" * 254, "\u00fc" * 127, "\u6f22" * 84], ids=["usual", "long", "two", "three"]
+)
+@pytest.mark.parametrize("text", ["no", "word " * 60])
+def test_an_event_about_a_recipient_has_less_than_a_kibibyte(local: str, text: str) -> None:
+    domain = ".".join(["d" * 60] * 4)
+    refused = Reply(550, replies.BAD_RECIPIENT.enhanced, (text,), ErrorType.UPSTREAM_REFUSED)
+    exported: list[EncodedSpan] = []
+
+    def does(client: Client) -> None:
+        client.mail()
+        assert client.transaction is not None
+        begin_delivery(client.transaction, "u" * 60, 1, client.clock).end(Outcome.REFUSED, refused, None, 1)
+        client.rcpt(f"{local}@{domain}", refused).data().header().final(refused, Outcome.REFUSED).quit()
+
+    does(Client(Tracing(exports=[each_to(exported)], redaction=FULL)).ehlo())
+    records = [span.to_records()[0] for span in exported]
+    [event] = next(record for record in records if record.name == "smtp.transaction").events
+    octets = encode_event(event.time_ns, EventShape(event.name, {}), list(event.attributes.items()))
+    assert len(octets) < 1024
+    attributes = event.attributes
+    assert attributes["smtp.rcpt.domain"] == domain
+    assert attributes["smtp.upstream.name"] == "u" * 60
+    assert str(attributes["smtp.rcpt.address"]).startswith(local[:30])
+    assert str(attributes["smtp.reply.text"]).startswith(text[:200])
+    if len(local) == 64 and text == "no":
+        assert attributes["smtp.rcpt.address"] == f"{local}@{domain}"[:256]
 
 
 def test_at_most_fifty_are_events_and_then_one_counts_the_rest() -> None:
