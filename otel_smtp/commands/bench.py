@@ -99,7 +99,7 @@ def bench(
     try:
         result = Load(plan).run() if as_json else _run_with_progress(plan)
     except OSError as error:
-        fail(FAILED, f"{host}:{port}: {error}")
+        fail(FAILED, f"{host}:{port}: {(error.strerror or str(error)).lower()}")
     cost = _cost(gateway, before, result)
     if as_json:
         click.echo(json.dumps(figures(plan, result, cost)))

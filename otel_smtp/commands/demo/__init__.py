@@ -31,6 +31,7 @@ def demo(context: click.Context, *, once: bool, listen: tuple[str, ...], slow: s
     """Show four mails and their traces.
 
     It runs a gateway and an upstream that keeps what arrives, draws the traces, and then waits for your mails.
+    It reads neither a settings file nor OTELSMTP_ variables; --set changes its gateway.
     """
     from otel_smtp.commands.demo.show import Demonstration
     from otel_smtp.commands.demo.visits import VisitFailed

@@ -39,7 +39,8 @@ class Visitor:
                 line = await self._reader.readline()
         code = int(line[:3]) if line[:3].isdigit() else 0
         if code not in expected:
-            raise VisitFailed(f"expected {expected}, got {line!r}")
+            said = line.decode("utf-8", "replace").strip() or "nothing"
+            raise VisitFailed(f"the gateway answered {said!r}, not {' or '.join(map(str, expected))}")
         return code
 
     async def say(self, line: str, *expected: int) -> int:
