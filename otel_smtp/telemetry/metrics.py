@@ -699,7 +699,7 @@ class Metrics(Observer):
         for about, read in (
             ("smtp.server", self._read_counts),
             (names.CLIENT_CONNECTIONS.name, self._read_upstreams),
-            ("smtp.spool", self._read_spool),
+            (names.SPOOL_MESSAGES.name, self._read_spool),
             ("smtp.notify", self._read_receivers),
             (names.TELEMETRY_DROPPED.name, self._read_dropped),
         ):

@@ -510,7 +510,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"connections": raising}, "smtp.client.connections"),
     ({"connections": lambda: [("provider", "idle", None)]}, "smtp.client.connections"),
     ({"connections": lambda: [(None, "idle", 1)]}, "smtp.client.connections"),
-    ({"spool": raising}, "smtp.spool"),
+    ({"spool": raising}, "smtp.spool.messages"),
     ({"spool": lambda: ({"due": 1}, None, 0)}, "smtp.spool.age"),
     ({"receivers": raising}, "smtp.notify"),
     ({"dropped": raising}, "smtp.telemetry.dropped"),
