@@ -168,13 +168,16 @@ FROM {{s}}.dlv JOIN {{s}}.msg ON msg.id = dlv.msg_id
 WHERE dlv.owner = $1 AND dlv.state = 'l' AND dlv.msg_id || '/' || dlv.d <> ALL($2::text[])"""
 
 # The lock shows a message's current state: an operator may have given it more time since this statement began.
+# As for a claim, the planner has no choice: deliveries are looked up by the key of each message that is too old.
 _END_OVERDUE: Final = f"""
 WITH {_ME},
-o AS (SELECT id FROM {{s}}.msg WHERE held_at IS NULL AND expires_at <= now() AND ({_IS_OUTCOME}) = $3
-  AND EXISTS (SELECT FROM {{s}}.dlv WHERE msg_id = msg.id AND state IN ('r', 'h')) ORDER BY expires_at LIMIT $2
-  FOR NO KEY UPDATE SKIP LOCKED),
-c AS (SELECT dlv.msg_id, dlv.d, dlv.taken_from FROM {{s}}.dlv JOIN o ON o.id = dlv.msg_id
-  WHERE dlv.state IN ('r', 'h') AND EXISTS (SELECT FROM me) FOR UPDATE OF dlv SKIP LOCKED)
+o AS MATERIALIZED (SELECT id FROM {{s}}.msg WHERE held_at IS NULL AND expires_at <= now() AND ({_IS_OUTCOME}) = $3
+  AND (SELECT true FROM {{s}}.dlv WHERE msg_id = msg.id AND state::text IN ('r', 'h') LIMIT 1)
+  ORDER BY expires_at LIMIT $2 FOR NO KEY UPDATE SKIP LOCKED),
+c AS (SELECT one.msg_id, one.d, one.taken_from FROM o CROSS JOIN LATERAL (
+    SELECT msg_id, d, taken_from FROM {{s}}.dlv
+    WHERE dlv.msg_id = o.id AND state::text IN ('r', 'h') FOR UPDATE SKIP LOCKED) AS one
+  WHERE EXISTS (SELECT FROM me))
 UPDATE {{s}}.dlv SET state = 'l', owner = $1, epoch = epoch + 1
 FROM c JOIN {{s}}.msg ON msg.id = c.msg_id WHERE dlv.msg_id = c.msg_id AND dlv.d = c.d
 RETURNING {_COLUMNS}, NULL AS content, 0 AS place, false AS tried, c.taken_from"""
@@ -415,8 +418,8 @@ _FIND: Final = _SHOWN.replace(
 )
 
 _EXISTS: Final = "SELECT FROM {s}.msg WHERE id = $1 FOR NO KEY UPDATE"
-_RETRY: Final = "UPDATE {s}.dlv SET next_at = now() WHERE msg_id = $1 AND state = 'r' RETURNING d"
-_HOLD: Final = "UPDATE {s}.dlv SET state = 'h' WHERE msg_id = $1 AND state = 'r' RETURNING d"
+_RETRY: Final = "UPDATE {s}.dlv SET next_at = now() WHERE msg_id = $1 AND state::text = 'r' RETURNING d"
+_HOLD: Final = "UPDATE {s}.dlv SET state = 'h' WHERE msg_id = $1 AND state::text = 'r' RETURNING d"
 _RELEASE: Final = (
     "UPDATE {s}.dlv SET state = 'r', next_at = now() WHERE msg_id = $1 AND state = ANY($2::text[]::\"char\"[])"
     " RETURNING d"
@@ -426,7 +429,7 @@ _AGE_AGAIN: Final = """
 UPDATE {s}.msg SET expires_at = expires_at + (now() - held_at), held_at = NULL WHERE id = $1 AND held_at IS NOT NULL"""
 _EXPIRE: Final = "UPDATE {s}.msg SET expires_at = least(expires_at, now()), held_at = NULL, forced = true WHERE id = $1"
 _RESET: Final = """
-UPDATE {s}.dlv SET next_at = now(), attempts = 0, crashes = 0 WHERE msg_id = $1 AND state = 'r' RETURNING d"""
+UPDATE {s}.dlv SET next_at = now(), attempts = 0, crashes = 0 WHERE msg_id = $1 AND state::text = 'r' RETURNING d"""
 _RESET_AGE: Final = """
 UPDATE {s}.msg SET expires_at = now() + $2::float8 * interval '1 second', forced = false WHERE id = $1"""
 _STATES: Final = """

@@ -56,6 +56,46 @@ async def test_a_claim_reads_a_sample_of_a_backlog_and_sorts_it_once() -> None:
     await gateway.close()
 
 
+async def test_what_is_for_a_few_messages_reads_no_others() -> None:
+    place = await new_place()
+    gateway = store(place)
+    await gateway.open()
+    schema, statements = place.schema, Statements(place.schema)
+    me, one = gateway.beats.incarnation, "m7"
+    asked: dict[str, tuple[object, ...]] = {
+        statements.end_overdue: (me, 9, False),
+        statements.retry: (one,),
+        statements.hold: (one,),
+        statements.release: (one, ["h", "c"]),
+        statements.reset: (one,),
+        statements.states: (one,),
+    }
+    async with connected(place.url) as connection:
+        await connection.execute(
+            f"ALTER TABLE {schema}.msg SET (autovacuum_enabled = off);"
+            f" ALTER TABLE {schema}.dlv SET (autovacuum_enabled = off); ANALYZE {schema}.msg; ANALYZE {schema}.dlv"
+        )
+        await connection.execute(
+            f"INSERT INTO {schema}.msg SELECT 'm' || n, 'mail', now(), now() + (n - 3) * interval '1 hour',"
+            f" false, NULL, false, 'a@b.example', '{{}}', '{{}}', NULL, '{me}', 4, 2, '', ''"
+            f" FROM generate_series(1, {BACKLOG}) AS n"
+        )
+        await connection.execute(
+            f"INSERT INTO {schema}.dlv (msg_id, d, dest, sender, state, next_at, rcpt)"
+            f" SELECT 'm' || n, 0, 'up', 'a@b.example', 'r', now(), '[]' FROM generate_series(1, {BACKLOG}) AS n"
+        )
+        most_read = {}
+        for statement, arguments in asked.items():
+            async with connection.transaction():
+                told = await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", *arguments)
+            most_read[statement] = max(
+                (node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"]
+                for node in nodes(json.loads(told)[0]["Plan"])
+            )
+    assert max(most_read.values()) < 10, most_read
+    await gateway.close()
+
+
 @asynccontextmanager
 async def much_that_has_gone(schema: str, url: str) -> AsyncIterator[asyncpg.Connection]:
     """A queue with one delivery for `up` in an hour, behind 999 that an old transaction keeps since they have gone."""
