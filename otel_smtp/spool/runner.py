@@ -45,6 +45,7 @@ COUNT_SECONDS: Final = 2.0
 CONNECTION_GRACE_SECONDS: Final = 1.0  # at the end, for attempts that have no connection yet
 SHOWN_MOST: Final = 50
 AGAIN_SECONDS: Final = 1.0
+AWAY_SECONDS: Final = 1.0  # at the end; what is not recorded then is attempted again, marked
 
 
 class _Line:
@@ -175,10 +176,18 @@ class Runner:
         await self._idle_until(min(ends, ends - grace_seconds + CONNECTION_GRACE_SECONDS))
         # Attempts that wait for a connection, or for a provider's rate, might take all of the grace period. Nothing has
         # been sent yet.
-        await asyncio.gather(*(attempt.cut_short() for attempt in list(self._attempts) if attempt.has_said_nothing))
+        await self._cut_short([attempt for attempt in self._attempts if attempt.has_said_nothing])
         await self._idle_until(ends)
         self._has_stopped = True
-        await asyncio.gather(*(attempt.cut_short() for attempt in list(self._attempts)))
+        await self._cut_short(list(self._attempts))
+
+    async def _cut_short(self, attempts: Sequence[Attempt]) -> None:
+        """End these attempts, and wait for their records; for a store that is away only for a moment."""
+        if attempts:
+            await asyncio.wait(
+                [asyncio.ensure_future(attempt.cut_short()) for attempt in attempts],
+                timeout=AWAY_SECONDS if isinstance(self._store.refusal(), StorageAway) else None,
+            )
 
     async def _idle_until(self, ends: float) -> None:
         """Wait, at most until then, for the end of all attempts, including those whose message is becoming durable."""

@@ -1,5 +1,7 @@
 """The spool as a whole, as the gateway builds, starts and stops it."""
 
+import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,9 +15,9 @@ from otel_smtp.spool.deeds import note_crashes
 from otel_smtp.spool.dsn.notices import BouncePolicy, Notices
 from otel_smtp.spool.forwarders import DirectThenQueueForwarder, SpoolForwarder
 from otel_smtp.spool.intake import Intake
-from otel_smtp.spool.messages import Company, Counts, MessageView, SpoolError
+from otel_smtp.spool.messages import Company, Counts, MessageView, SpoolError, StorageAway
 from otel_smtp.spool.operators import ControlSocket, Operations
-from otel_smtp.spool.runner import Runner
+from otel_smtp.spool.runner import AWAY_SECONDS, Runner
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.store import Store
 
@@ -139,7 +141,9 @@ class Spool:
         if self._reporting is not None:
             await self._reporting.stop()
         if before_leaving is not None:
-            await before_leaving()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(AWAY_SECONDS if isinstance(self.store.refusal(), StorageAway) else None):
+                    await before_leaving()
         await self.store.close()
 
     def report_to(self, receivers: "Sequence[ReceiverSettings]") -> None:

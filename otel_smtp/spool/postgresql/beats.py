@@ -119,16 +119,22 @@ class Beats:
         await self._beat(connection)
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    async def leave(self) -> None:
-        """Give leases back, and leave. Idempotent."""
+    async def leave(self, seconds: float) -> None:
+        """Give leases back, and leave, within so many seconds. Idempotent."""
         if self._task is not None:
             self._is_leaving.set()
-            await self._task
+            ends = asyncio.get_running_loop().time() + seconds
+            await asyncio.wait({self._task}, timeout=seconds)
+            if not self._task.done():
+                self.line.terminate()
+                self._task.cancel()  # while it connects, or after its connection: this cancels no statement
+                await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
             connection = None
             try:
-                connection = await self.line.get()
-                watchdog = asyncio.get_running_loop().call_later(self._place.takeover_seconds, self.line.terminate)
+                async with asyncio.timeout_at(ends):
+                    connection = await self.line.get()
+                watchdog = asyncio.get_running_loop().call_at(ends, self.line.terminate)
                 try:
                     await connection.execute(self._statements.land_permits, [self.incarnation], PERMITS_SECONDS)
                     await connection.execute(self._statements.leave_slots, self.incarnation, SLOTS_SECONDS)

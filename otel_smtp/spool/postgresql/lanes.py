@@ -177,16 +177,25 @@ class Lanes(Generic[I]):
         self._is_over_time = True
         self._call()
 
-    async def close(self) -> None:
-        """Wait until all items are written, or their deadlines pass; then end. Idempotent."""
+    async def close(self, seconds: float) -> None:
+        """Wait so many seconds until all items are written, and give up the rest; then end. Idempotent."""
         if self._tasks:
             if self._waiting:
                 self._lose_patience()
-            await self._is_idle.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._is_idle.wait()
+        left = list(self.items())
+        if left:
+            for line in self._lines:
+                line.terminate()
         for task in self._tasks:
-            task.cancel()  # none is within a statement: all are idle
+            task.cancel()  # idle, or after its connection: this cancels no statement
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
+        self._waiting.clear()
+        for item in left:
+            self._fail(item, StorageAway("the database did not answer in time"))
         for timer in (self._sweep, self._patience):
             if timer is not None:
                 timer.cancel()
@@ -284,6 +293,10 @@ class Lanes(Generic[I]):
                 try:
                     await self._write(connection, number, group)
                     self._note_time(time.monotonic() - began, len(group))
+                except asyncio.CancelledError:
+                    for item in group:
+                        item.may_be_done = True
+                    raise
                 finally:
                     watchdog.cancel()
             except Exception as error:  # noqa: BLE001 - it is judged
@@ -323,7 +336,7 @@ class Lanes(Generic[I]):
                 self._slow_until = time.monotonic() + RELIEF_SECONDS
 
     def _fail(self, item: I, fault: SpoolError) -> None:
-        if item.may_be_done:
+        if item.may_be_done and not item.done():
             self._given_up(item)
         item.refuse(fault)
 

@@ -102,6 +102,6 @@ class DatabaseLedger:
         if gateway != str(self._beats.incarnation) and (heard := self._watching.get(name)) is not None:
             heard(is_wish=is_wish)
 
-    async def close(self) -> None:
-        """Idempotent."""
-        await self._working.close()
+    async def close(self, seconds: float) -> None:
+        """See `Working.close`."""
+        await self._working.close(seconds)

@@ -24,6 +24,7 @@ claims and all the rest; and an eighth one where mail is held to limits.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -65,6 +66,8 @@ MOST_WAITING: Final = 1024
 LOOK_AGAIN_SECONDS: Final = 1.0
 KEEP_SECONDS: Final = 2.0
 FOLD_SECONDS: Final = 60.0
+CLOSE_SECONDS: Final = 10.0  # for each step of the end, as long as the database answers
+AWAY_SECONDS: Final = 1.0  # and where it does not: a process that takes too long to end is killed with all its spans
 
 
 class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperating):
@@ -169,8 +172,8 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
                     )
                 messages = await self.messages()
             except BaseException:
-                await self.beats.leave()
-                await self._working.close()
+                await self.beats.leave(CLOSE_SECONDS)
+                await self._working.close(CLOSE_SECONDS)
                 raise
             self._accepting.start()
             self._large.start()
@@ -186,16 +189,22 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
         if not self._is_open:
             return
         self._is_open = False
+        is_away = self.beats.refusal() is not None
+        seconds = AWAY_SECONDS if is_away else CLOSE_SECONDS
         if self._ending:
             await asyncio.wait(self._ending)
-        await asyncio.gather(self._accepting.close(), self._large.close(), self._recording.close())
+        await asyncio.gather(*(lanes.close(seconds) for lanes in (self._accepting, self._large, self._recording)))
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
-        await self._withdraw()
-        await self.ledger.close()
-        await self.beats.leave()
-        await self._working.close()
+        if self._withdrawn and not is_away:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._withdraw()
+        for message_id in self._withdrawn:
+            self._tell_unanswered(message_id, "message may be stored")
+        await asyncio.gather(self.ledger.close(seconds), self._working.close(seconds))
+        await self.beats.leave(seconds)
 
     def watch(self, woken: Woken) -> None:
         """See `Store.watch`."""

@@ -143,14 +143,17 @@ class PostgresqlSubmitting(PostgresqlRecording):
                             [-row["recipients"]],
                         )  # fmt: skip
                 if row is None and placed.endswith(" 0"):
-                    self.figures.unanswered += 1
-                    logger.error(
-                        "message stored although its client was told otherwise: it may arrive twice",
-                        extra={"spool_id": message_id},
-                    )
+                    self._tell_unanswered(message_id)
 
             try:
                 await self._working.do(withdraw)
             except SpoolError:
                 return  # beats report it; it is tried again
             self._withdrawn.pop(message_id, None)
+
+    def _tell_unanswered(self, message_id: str, is_there: str = "message stored") -> None:
+        self.figures.unanswered += 1
+        logger.error(
+            f"{is_there} although its client was told otherwise: it may arrive twice",
+            extra={"spool_id": message_id},
+        )

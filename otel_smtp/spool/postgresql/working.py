@@ -107,8 +107,13 @@ class Working:
                     watchdog.cancel()
             raise AssertionError("unreachable")
 
-    async def close(self) -> None:
-        """Wait for work under way. Idempotent."""
+    async def close(self, seconds: float) -> None:
+        """Wait so many seconds for work under way, and give up the rest. Idempotent."""
         if self._running:
-            await asyncio.wait(list(self._running))
+            await asyncio.wait(list(self._running), timeout=seconds)
+        if left := list(self._running):
+            self._line.terminate()
+            for task in left:
+                task.cancel()  # while it connects, or after its connection: this cancels no statement
+            await asyncio.gather(*left, return_exceptions=True)
         await self._line.close()

@@ -98,7 +98,7 @@ async def _running(lines: int = 2) -> AsyncIterator[tuple[Lanes[_Item], _Written
     try:
         yield lanes, written
     finally:
-        closing = asyncio.create_task(lanes.close())
+        closing = asyncio.create_task(lanes.close(NEVER))
         while not closing.done():
             written.let_all_go()
             await asyncio.sleep(0)
@@ -224,7 +224,7 @@ async def test_all_are_written_once_whatever_comes_when(lines: int, monkeypatch:
                 await asyncio.sleep(0.001 if turn % 10 else 0)
             if turn % 4 == 0 and turn // 4 < len(written.groups):
                 written.let_go(turn // 4)
-        closing = asyncio.create_task(lanes.close())
+        closing = asyncio.create_task(lanes.close(NEVER))
         while not closing.done():
             written.let_all_go()
             await asyncio.sleep(0)
@@ -273,7 +273,7 @@ async def test_its_time_over_it_is_refused_whatever_is_waited_for(line: _Line) -
         for item in items:
             with pytest.raises(StorageAway):
                 await item
-    await lanes.close()
+    await lanes.close(NEVER)
 
 
 async def test_what_succeeds_again_forgets_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,4 +299,22 @@ async def test_what_succeeds_again_forgets_what_failed(monkeypatch: pytest.Monke
     (item,) = _add(lanes, 1)
     await item
     assert line.terminated == 1, "the primary is behind another connection"
-    await lanes.close()
+    await lanes.close(NEVER)
+
+
+async def test_what_is_not_written_in_time_is_given_up_at_the_end() -> None:
+    """Only of what was sent already, it is unknown what became of it."""
+    given_up: list[_Item] = []
+    written = _Written()
+    lanes = Lanes[_Item](
+        [cast(LastingConnection, _Line())], written.write, given_up.append, verb=StoreVerb.SUBMIT, timings=deque()
+    )
+    lanes.start()
+    (sent,) = _add(lanes, 1)
+    await eventually(lambda: written.groups == [1])
+    (behind,) = _add(lanes, 1)
+    await lanes.close(0.01)
+    for item in (sent, behind):
+        with pytest.raises(StorageAway):
+            item.result()
+    assert given_up == [sent]

@@ -6,7 +6,9 @@
 import asyncio
 import contextlib
 import dataclasses
+import os
 import random
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
@@ -15,12 +17,15 @@ import pytest
 from otel_smtp.smtp import replies
 from otel_smtp.spool.messages import OUTCOME_PREFIX, End, Kind, Lease, SpoolError, StorageAway, Verdict
 from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
+from otel_smtp.spool.postgresql import store as store_module
 from tests.spool.messages import BODY, HEADER, leased, message, queued, written
 from tests.spool.postgresql.cutting import CuttingProxy
 from tests.spool.postgresql.schemas import new_place, store
-from tests.support.postgresql import connected, server
+from tests.support.postgresql import Server, connected, server
+from tests.support.waiting import until
 
 DELIVERED = (Verdict(0, End.DELIVERED, replies.OK),)
+OUR_BACKENDS = "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'otel-smtp %'"
 SUBMIT_SECONDS = 2.0  # a submission reaches the database within it, on a busy machine too
 
 
@@ -120,6 +125,43 @@ async def test_a_submission_that_a_peer_has_begun_is_not_withdrawn_but_told(
         await peer.finish(found[0], DELIVERED)
     finally:
         await peer.close()
+
+
+async def test_a_gateway_ends_soon_while_its_database_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And reports what it may have stored: its client was told otherwise, and nobody will withdraw it."""
+    monkeypatch.setattr(store_module, "AWAY_SECONDS", 0.2)
+    own, stopped = Server().start(), list[int]()
+    try:
+        gateway = store(await new_place(own, takeover_seconds=3.0))
+        await gateway.open()
+        leases = [await gateway.submit(message(), await written(gateway.draft()), lease=True) for _ in range(2)]
+        assert own.process is not None
+        stopped += [own.process.pid, *(int(pid) for (pid,) in own.do(OUR_BACKENDS))]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        new = message()
+        waiting: list[Awaitable[object]] = [
+            gateway.submit(new, await written(gateway.draft()), lease=False),
+            *(gateway.finish(lease, DELIVERED) for (lease,) in leases),
+        ]
+        asking = asyncio.create_task(gateway.counts())
+        await until(lambda: gateway.refusal() is not None, timeout_seconds=30)
+        async with asyncio.timeout(8):  # each of its connections has 2 s to say goodbye
+            await gateway.close()
+        for one in waiting:
+            with pytest.raises(StorageAway):
+                await one
+        with pytest.raises((StorageAway, asyncio.CancelledError)):
+            await asking
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+        own.remove()
+    assert gateway.figures.unanswered == 1
+    (told,) = (one for one in caplog.records if "may be stored although" in one.getMessage())
+    assert vars(told)["spool_id"] == new.id
 
 
 @pytest.mark.parametrize("end", [End.DELIVERED, End.FAILED, None])

@@ -50,7 +50,7 @@ async def test_dead_rows_that_do_not_go_raise_an_alarm_once(caplog: pytest.LogCa
         assert await said(LOOK_SECONDS / 2) == []  # it was not looked
         assert await said(LOOK_SECONDS / 2) == ["vacuum of the queue database caught up"]
         assert await said(HELD_UP_SECONDS) == []
-    await working.close()
+    await working.close(9.0)
 
 
 async def test_dead_rows_raise_one_however_much_mail_waits(
@@ -78,7 +78,7 @@ async def test_dead_rows_raise_one_however_much_mail_waits(
                 clock.now += HELD_UP_SECONDS
                 await watch.look()
             assert bool(caplog.records) is is_alarmed
-    await working.close()
+    await working.close(9.0)
 
 
 async def test_dead_rows_that_go_and_come_raise_none_and_end_one(
@@ -134,4 +134,4 @@ async def test_an_old_transaction_raises_one(caplog: pytest.LogCaptureFixture, m
     clock.now += LOOK_SECONDS
     await watch.look()
     assert caplog.records[-1].getMessage() == "vacuum of the queue database caught up"
-    await working.close()
+    await working.close(9.0)
