@@ -120,7 +120,7 @@ class Beats:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def leave(self, seconds: float) -> None:
-        """Give leases back, and leave, within so many seconds. Idempotent."""
+        """Give leases back, and leave, within `seconds`. Idempotent."""
         if self._task is not None:
             self._is_leaving.set()
             ends = asyncio.get_running_loop().time() + seconds

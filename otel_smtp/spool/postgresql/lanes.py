@@ -178,7 +178,7 @@ class Lanes(Generic[I]):
         self._call()
 
     async def close(self, seconds: float) -> None:
-        """Wait so many seconds until all items are written, and give up the rest; then end. Idempotent."""
+        """Wait up to `seconds` until all items are written, and give up the rest; then end. Idempotent."""
         if self._tasks:
             if self._waiting:
                 self._lose_patience()

@@ -108,7 +108,7 @@ class Working:
             raise AssertionError("unreachable")
 
     async def close(self, seconds: float) -> None:
-        """Wait so many seconds for work under way, and give up the rest. Idempotent."""
+        """Wait up to `seconds` for work under way, and give up the rest. Idempotent."""
         if self._running:
             await asyncio.wait(list(self._running), timeout=seconds)
         if left := list(self._running):
