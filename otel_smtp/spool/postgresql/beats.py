@@ -90,6 +90,7 @@ class Beats:
         self._clocks: tuple[float, float] | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_away = False
+        self._fault: type[SpoolError] | None = None  # the kind that was logged last
         self._is_leaving = asyncio.Event()
         self._is_heard = False
         self.incarnation = uuid.uuid4()
@@ -191,8 +192,9 @@ class Beats:
 
     def _broken(self, error: SpoolError) -> None:
         self._unbroken_since = None
-        if not self._is_away:
-            self._is_away = True
+        # A schema that is too new, or a password that was changed, is another fault than the broken connection before.
+        if not self._is_away or type(error) is not self._fault:
+            self._is_away, self._fault = True, type(error)
             logger.error("queue database unavailable", extra={"fault": str(error)})
 
     async def _beat(self, connection: Connection) -> None:

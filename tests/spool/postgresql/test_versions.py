@@ -16,7 +16,8 @@ from typing import Final
 import asyncpg
 import pytest
 
-from otel_smtp.spool.postgresql import schema
+from otel_smtp.spool.messages import SpoolError, StorageAway
+from otel_smtp.spool.postgresql import QueueLocation, schema
 from tests.spool.messages import leased, queued
 from tests.spool.postgresql.schemas import new_place, store
 from tests.support.postgresql import connected, server
@@ -67,6 +68,13 @@ async def test_a_gateway_for_which_the_schema_becomes_too_new_takes_no_more_mail
     await until(lambda: gateway.refusal() is None, timeout_seconds=30)
     assert (await gateway.show(one)).id == one
     await gateway.close()
+
+
+def test_each_kind_of_fault_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    beats = store(QueueLocation(server().url())).beats
+    for fault in (StorageAway("cut off"), StorageAway("no answer"), SpoolError("too new"), SpoolError("too new")):
+        beats._broken(fault)
+    assert [vars(record)["fault"] for record in caplog.records] == ["cut off", "too new"]
 
 
 async def test_a_schema_is_brought_up_to_date_while_a_gateway_of_the_version_before_works(

@@ -35,7 +35,7 @@ from tests.spool.messages import BODY, CARRIER, HEADER, TRACE_ID, leased, messag
 LARGE: Final = b"x" * 600_000  # three chunks
 LIVES: Final = frozenset({"open", "close"})
 """Verbs that begin and end a store."""
-ASKS_NOTHING: Final = frozenset({"rebuild", "housekeep"})
+ASKS_NOTHING: Final = frozenset({"rebuild", "housekeep", "take_deeds"})
 """Verbs of the interface that a database has no work with."""
 
 Ready = Any
