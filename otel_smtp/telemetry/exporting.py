@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, Final, Generic, TypeVar, cast
 
+from otel_smtp.observing import Faults
 from otel_smtp.telemetry.collector import BatchOutcome, Collector, CollectorAnswer, Signal
 from otel_smtp.telemetry.export_failures import file_failure
 from otel_smtp.telemetry.otlp import RequestFrame
@@ -128,6 +129,7 @@ class Export(Generic[T]):
         self._most_octets = self._settings.queue_octets
         self._most_items, self._batch_items = self._settings.queue_spans, self._settings.batch_spans
         self._lost = dict.fromkeys(DropReason, 0)
+        self._faults = Faults(logger, "export interrupted: internal error")
         self._begin()
         # A fork while the thread runs: the child has no thread, and the parent sends what was queued.
         begin = weakref.WeakMethod(self._begin)
@@ -254,14 +256,16 @@ class Export(Generic[T]):
     # The thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
+        is_last = False
+        while not is_last:
             is_due = not self._wake.wait(self._settings.delay_seconds)
             # Cleared before the look at what is there, so that what comes between is not slept through.
             self._wake.clear()
             is_last = self._stopping.is_set()
-            self._send_queued(self.queued if is_due or is_last else 0)
-            if is_last:
-                break
+            try:
+                self._send_queued(self.queued if is_due or is_last else 0)
+            except Exception:  # noqa: BLE001 - the top of the thread: logged once, and what comes next is sent
+                self._faults.note(self._items)
         if self._collector is not None:
             self._collector.close()
 

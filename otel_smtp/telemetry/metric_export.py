@@ -242,6 +242,7 @@ class MetricExport:
         self._counting = threading.Lock()  # losses: by the thread, or by the shutdown that gave up on it
         self._is_abandoned = False
         self._is_failing = False
+        self._is_interrupted = False
 
     def dropped(self) -> Iterator[tuple[str, str, int]]:
         """Data points that were not exported: signal, reason, number."""
@@ -286,10 +287,11 @@ class MetricExport:
             is_last = self._stopping.wait(pause_seconds)
             began = time.thread_time()
             try:
-                self._export()
-            except Exception as error:  # noqa: BLE001 - the top of the thread; logged once, retried at the next interval
-                self._lose(DropReason.EXPORT_FAILED, max(self._points, 1))
-                self._failed(f"internal error: {type(error).__name__}", with_traceback=True)
+                self._export_or_lose()
+            except Exception:  # the top of the thread: logged once, and the next export is tried
+                if not self._is_interrupted:
+                    self._is_interrupted = True
+                    logger.exception("export interrupted: internal error", extra={"about": "metrics"})
             if is_last:
                 break
             if has_imported:
@@ -298,6 +300,13 @@ class MetricExport:
             has_imported = True
         if self._collector is not None:
             self._collector.close()
+
+    def _export_or_lose(self) -> None:
+        try:
+            self._export()
+        except Exception as error:  # noqa: BLE001 - logged once, retried at the next interval
+            self._lose(DropReason.EXPORT_FAILED, max(self._points, 1))
+            self._failed(f"internal error: {type(error).__name__}", with_traceback=True)
 
     def _export(self) -> None:
         data = self._read()

@@ -537,3 +537,35 @@ def test_the_time_that_a_collector_takes_to_be_made_is_taken_from_its_last_reque
     assert export.shutdown(budget_seconds)
     [seconds] = given
     assert seconds <= 0.9 * budget_seconds - import_seconds
+
+
+def test_a_fault_in_counting_what_was_lost_does_not_end_the_export(caplog: pytest.LogCaptureFixture) -> None:
+    sent = threading.Event()
+    faults = iter([True])
+
+    class Taking:
+        def send(self, request: Sequence[bytes], timeout_seconds: float) -> CollectorAnswer:
+            if not failed.is_set():
+                failed.set()
+                raise RuntimeError("a fault")
+            sent.set()
+            return TAKEN
+
+        def close(self) -> None: ...
+
+    failed = threading.Event()
+    export = export_to(Taking)
+    settle = export._settle
+
+    def settle_at_last(*about: Any) -> None:
+        if next(faults, False):
+            raise RuntimeError("another fault")
+        settle(*about)
+
+    export._settle = settle_at_last  # type: ignore[method-assign, assignment]
+    export.take(span(1))
+    assert failed.wait(WAIT_SECONDS)
+    until(lambda: "export interrupted: internal error" in [record.message for record in caplog.records])
+    export.take(span(2))
+    assert sent.wait(WAIT_SECONDS)
+    assert export.shutdown(WAIT_SECONDS)

@@ -369,3 +369,22 @@ def test_the_time_that_a_collector_takes_to_be_made_is_taken_from_its_last_reque
     assert export.shutdown(budget_seconds)
     [seconds] = given
     assert seconds <= 0.9 * budget_seconds - import_seconds
+
+
+def test_a_fault_in_counting_what_was_lost_does_not_end_the_export() -> None:
+    again = threading.Event()
+    reads = itertools.count(1)
+
+    def read() -> MetricsData:
+        if next(reads) == 3:
+            again.set()
+        raise RuntimeError("a fault")
+
+    def lose(*about: object) -> None:
+        raise RuntimeError("another fault")
+
+    export = MetricExport(read, None, interval_seconds=0.001)
+    export._lose = lose  # type: ignore[method-assign, assignment]
+    export.start()
+    assert again.wait(60)
+    assert export.shutdown(60)
