@@ -257,7 +257,7 @@ def test_a_terminal_without_unicode_gets_plain_marks(encoding: str, address: str
     with CapturingUpstream() as upstream:
         sent = run("send", upstream.url, "--to", address, PYTHONIOENCODING=encoding)
     assert sent.returncode == 0, sent.stderr
-    assert f"-> RCPT TO:<{shown}" in sent.stdout
+    assert f"-> rcpt to:<{shown}" in sent.stdout.lower()  # in what case, depends on the version of smtplib
     checked = run("check", "--connect", "-u", "smtp://127.0.0.1:1", "-l", "127.0.0.1:0", PYTHONIOENCODING=encoding)
     assert checked.returncode == 1
     assert "+ listener local 127.0.0.1:0  is free" in checked.stdout

@@ -296,7 +296,7 @@ def test_the_gateway_of_the_settings_gets_the_mail(upstream: CapturingUpstream) 
 def test_an_address_beyond_ascii_asks_for_smtputf8(address: str, upstream: CapturingUpstream) -> None:
     result = run("send", upstream.url, "--from", "ä@example.org", "--to", address)
     assert result.returncode == 0, result.stderr
-    assert f"RCPT TO:<{address}>" in result.stdout
+    assert f"rcpt to:<{address}>" in result.stdout.lower()  # in what case, depends on the version of smtplib
     (message,) = upstream.wait_for_messages(1)
     assert message.recipients == (address,)
     assert "SMTPUTF8" in message.mail_parameters
