@@ -26,6 +26,7 @@ from otel_smtp.forwarding.pool import (
     Pool,
 )
 from otel_smtp.forwarding.settings import PoolLimits
+from otel_smtp.forwarding.slots import Slots, SlotSettings
 from otel_smtp.forwarding.tickets import Decision, Parked, Ticket
 
 
@@ -91,6 +92,49 @@ def test_a_dead_connection_is_not_handed_out_but_closed() -> None:
     assert pool.ask(2).decision is Decision.OPEN
     assert pool.take_closing() == [connection]
     assert pool.take_closing() == []
+
+
+def test_a_connection_that_has_expired_is_neither_handed_out_nor_kept() -> None:
+    pool = grown()
+    connection, other = (opened(pool, pool.ask(0)) for _ in range(2))
+    connection.expires_at = other.expires_at = 10
+    pool.release(connection, 9)
+    assert pool.take(9.99) is connection
+    pool.release(connection, 9.99)
+    assert pool.take(10) is None
+    pool.release(other, 10)
+    assert pool.take_closing() == [connection, other]
+    assert pool.is_empty
+
+
+def test_what_is_answered_opens_the_window_and_what_is_not_does_not() -> None:
+    pool: Connections = Pool(PoolLimits(connections=20))
+    connection = opened(pool, pool.ask(0))
+    windows = []
+    for answered in (False, True):
+        for _ in range(400):
+            pool.release(connection, 5, answered=answered)
+            assert pool.take(5) is connection
+        windows.append((pool.snapshot().window, pool.heard_at))
+    assert windows == [(INITIAL_WINDOW, 0), (20, 5)]
+
+
+def test_who_began_to_wait_at_the_same_time_is_served_in_order() -> None:
+    pool = grown(connections=1)
+    connection = opened(pool, pool.ask(0))
+    first, second = (pool.ask(2, since=1) for _ in range(2))
+    pool.release(connection, 3)
+    assert (first.decision, second.decision) == (Decision.REUSE, Decision.WAITING)
+
+
+def test_no_more_mails_are_under_way_than_have_slots_and_one_that_waits_for_its() -> None:
+    pool: Connections = Pool(PoolLimits(connections=20), slots=Slots(SlotSettings("up", 2)))
+    for _ in range(1000):
+        pool.breaker.succeeded()
+    assert pool.concurrency(0) == 1
+    for held in (1, 2):
+        opened(pool, pool.ask(0))
+        assert pool.concurrency(0) == held + 1
 
 
 def test_who_waits_is_served_in_order_by_what_is_released() -> None:
