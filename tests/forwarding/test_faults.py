@@ -42,6 +42,7 @@ from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstr
 from tests.support.waiting import SECONDS, until
 
 SHORT = 0.25
+DAVE = Recipient("dave@example.net")
 NO_CHUNKING = tuple(without("CHUNKING"))
 NO_PIPELINING = tuple(without("CHUNKING", "PIPELINING"))
 
@@ -291,6 +292,41 @@ async def test_one_reply_too_many_between_two_groups_of_recipients() -> None:
         assert await transaction.recipients([CAROL]) == [replies.UPSTREAM_PROTOCOL]
         transaction.abort()
         assert forwarder.snapshot()[0].pool.idle == 0
+
+
+@pytest.mark.parametrize(
+    ("extensions", "is_asked_more"),
+    [(EXTENSIONS, True), (NO_CHUNKING, True), (NO_CHUNKING, False), (NO_PIPELINING, True), (NO_PIPELINING, False)],
+)
+@pytest.mark.parametrize("refusal", [b"550 5.1.1 nobody here\r\n", b"450 4.2.0 not yet\r\n"])
+async def test_who_was_accepted_is_not_left_out_where_another_upstream_refuses_them(
+    refusal: bytes, extensions: Sequence[str], is_asked_more: bool
+) -> None:
+    """Bob's client has a 250 for him. So the mail goes to an upstream that takes all of them, or to none."""
+    async with (
+        ScriptedUpstream(extensions=extensions) as first,
+        ScriptedUpstream(extensions=extensions, verdict={BOB.address: refusal}.get) as second,
+        ScriptedUpstream(extensions=extensions) as third,
+    ):
+        for others in ([settings(second, "second"), settings(third, "third")], [settings(second, "second")]):
+            async with relaying(settings(first, "first"), *others) as forwarder:
+                transaction = Awaited.begin(forwarder, MAIL, seen := RecordedTransaction())
+                assert [reply.code for reply in await transaction.recipients([CAROL, BOB])] == [250, 250]
+                await first.say_all(b"421 4.3.2 shutting down\r\n")
+                first.faults[Phase.GREETING] = Fault(Kind.CLOSE)
+                asked = await transaction.recipients([DAVE]) if is_asked_more else ()
+                told = await transaction.content(CHUNKS)
+                transaction.abort()
+                if len(others) == 2:
+                    assert {reply.code for reply in (*asked, told)} == {250}
+                    (kept,) = third.kept
+                    assert kept.addresses[:2] == (CAROL.address, BOB.address)
+                    assert seen.outcomes[-2:] == [("second", Outcome.DEFERRED), ("third", Outcome.RELAYED)]
+                else:
+                    assert {reply.code for reply in (*asked, told)} == {451}
+                    assert refusal[4:-2].decode() in told.text
+                del first.faults[Phase.GREETING]
+        assert (first.kept, second.kept) == ([], [])
 
 
 async def test_a_421_between_two_groups_of_recipients_is_a_lost_connection() -> None:

@@ -137,6 +137,35 @@ def test_no_more_mails_are_under_way_than_have_slots_and_one_that_waits_for_its(
         assert pool.concurrency(0) == held + 1
 
 
+def test_a_connection_that_nobody_asked_for_is_kept_where_there_is_room() -> None:
+    pool = grown(connections=2)
+    opening = pool.ask(0)
+    assert decided(opening, Decision.OPEN)
+    first, second, third, last = (Connection() for _ in range(4))
+    pool.add(first, 1)
+    assert (pool.heard_at, first.used_at, pool.snapshot().idle) == (1, 1, 1)
+    pool.add(second, 2)  # one is idle, one is being opened
+    assert pool.take_closing() == [second]
+    assert pool.take(2) is first
+    pool.add(third, 3)  # one is in use now
+    assert pool.take_closing() == [third]
+    pool.gave_up(4)
+    pool.close()
+    pool.add(last, 5)
+    assert pool.take_closing() == [last]
+
+
+def test_an_opening_that_is_given_up_or_fails_gives_its_slot_back() -> None:
+    slots = Slots(SlotSettings("up", 2))
+    pool: Connections = Pool(PoolLimits(connections=20), slots=slots)
+    given_up, failed = pool.ask(0), pool.ask(0)
+    assert slots.held == 2
+    pool.gave_up(1)
+    assert (given_up.decision, slots.held) == (Decision.OPEN, 1)
+    pool.failed(failed, 2, REFUSED)
+    assert slots.held == 0
+
+
 def test_who_waits_is_served_in_order_by_what_is_released() -> None:
     pool = grown(connections=1)
     connection = opened(pool, pool.ask(0))

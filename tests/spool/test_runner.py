@@ -4,7 +4,7 @@ import asyncio
 import gc
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from otel_smtp.observing import SpoolAction, TransactionRecord
+from otel_smtp.smtp.envelope import Mail
 from otel_smtp.smtp.replies import ErrorType
 from otel_smtp.spool import attempts as attempts_module
 from otel_smtp.spool import runner as runner_module
@@ -35,7 +36,7 @@ from otel_smtp.spool.schedule import Schedule
 from tests.spool.memory_store import MemoryStore
 from tests.spool.messages import BODY, HEADER, message, queued, written
 from tests.spool.queueing import ResumedDeliveries, eventually
-from tests.spool.scripted_relay import BUSY, GONE, ScriptedRelay
+from tests.spool.scripted_relay import BUSY, GONE, ScriptedRelay, ScriptedTransaction
 
 AT_ONCE = Schedule((0.01,), warn_after_seconds=None)
 
@@ -576,6 +577,79 @@ async def test_what_of_a_message_was_not_leased_leaves_its_room() -> None:
             up.runner.begin(["up", "elsewhere"], leases, (HEADER, BODY))
             # The store knows the result a turn of the loop before the runner does.
             await eventually(lambda: not up.store.memory.entries and not up.runner._attempts)
+
+
+class _Shared(MemoryStore):
+    """Another gateway may take leases over; `lose` says that it has."""
+
+    look_again_seconds: float | None = 60.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_ours = True
+
+    def holds(self, lease: Lease) -> bool:
+        return self.is_ours
+
+    def lose(self) -> None:
+        self.is_ours = False
+
+
+class _Unread(_Shared):
+    """No content comes with its lease."""
+
+    async def claim(
+        self, wanted: Mapping[str, int]
+    ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
+        claimed, due_in = await super().claim(wanted)
+        return [(lease, None) for lease, _ in claimed], due_in
+
+
+class _LosesIts(_Unread):
+    """The lease is lost while the content is read."""
+
+    async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
+        if start:
+            self.lose()
+        return await super().read(content, start, octets)
+
+
+@dataclass
+class _Losing(ScriptedRelay):
+    """The lease is lost while the upstream is asked about the recipients."""
+
+    lose: Callable[[], None] = lambda: None
+
+    def begin(self, mail: Mail, record: TransactionRecord) -> ScriptedTransaction:
+        transaction = super().begin(mail, record)
+        self.lose()
+        return transaction
+
+
+@pytest.mark.parametrize("lost_at", ["begin", "recipients", "content", "room"])
+async def test_nothing_more_is_sent_of_mail_that_another_gateway_may_have(lost_at: str) -> None:
+    store = {"content": _LosesIts, "room": _Unread}.get(lost_at, _Shared)()
+    relay = (
+        _Losing(lose=store.lose) if lost_at == "recipients" else ScriptedRelay(room=1 if lost_at == "room" else None)
+    )
+    async with running(relay, store) as up:
+        if lost_at == "begin":
+            store.lose()
+        await up.put()
+        if lost_at == "room":
+            await eventually(lambda: relay.transactions and relay.transactions[0].chunks == [HEADER, BODY])
+            store.lose()
+            relay.transactions[0].make_room()
+        await eventually(lambda: any(one.epoch for one in waiting(store)))
+        calls = {
+            "begin": [],
+            "recipients": [["recipients", "abort"]],
+            "content": [["recipients", "content", "abort"]],
+            "room": [["recipients", "content", "abort"]],
+        }
+        assert [transaction.calls for transaction in relay.transactions[:1]] == calls[lost_at]
+        assert relay.taken == []
+        store.is_ours = True
 
 
 def waiting(store: MemoryStore) -> list[DeliveryEntry]:
