@@ -9,8 +9,9 @@ import pytest
 from otel_smtp.forwarding import pace as pacing
 from otel_smtp.forwarding.limits import Limit, LimitSettings, Permit, SharedLimits, limits_of
 from otel_smtp.forwarding.pace import FIRST_REST_SECONDS, LONGEST_REST_SECONDS, Pace, WaitingMail
-from otel_smtp.forwarding.settings import PoolLimits
+from otel_smtp.forwarding.settings import PoolLimits, Strategy
 from otel_smtp.forwarding.verdicts import asks_for_less
+from otel_smtp.smtp import replies
 from tests.support.relaying import BOB, CAROL, both_strategies, relay, relaying, reply_of, settings
 from tests.support.upstream import Fault, Kind, Phase, ScriptedUpstream
 
@@ -193,3 +194,57 @@ async def test_without_a_limit_nothing_rests(caplog: pytest.LogCaptureFixture) -
         upstream.faults.clear()
         assert (await relay(forwarder)).told.code == 250
     assert "asks for less" not in caplog.text
+
+
+TWO_AN_HOUR = LimitSettings("provider-rate", 2, 3600.0, 2)
+
+
+@both_strategies
+async def test_mail_that_reached_no_upstream_uses_nothing_of_its_rate(strategy: Strategy) -> None:
+    limits = limits_of([TWO_AN_HOUR])
+    async with (
+        ScriptedUpstream(faults={Phase.GREETING: Fault(Kind.CLOSE, times=3)}) as upstream,
+        relaying(
+            settings(upstream, paced_by=("provider-rate",)),
+            strategy=strategy,
+            limits=limits,
+            pace_patience_seconds=0.0,
+        ) as forwarder,
+    ):
+        for expected in (451, 451, 451, 250, 250):
+            assert (await relay(forwarder)).told.code == expected
+        assert (await relay(forwarder)).told is replies.UPSTREAM_PACED
+        assert len(upstream.kept) == 2
+
+
+async def test_as_much_mail_may_be_under_way_as_has_permits_and_one_that_waits() -> None:
+    """However much of it there was before."""
+    limits = limits_of([TWO_AN_HOUR])
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(
+            settings(upstream, paced_by=("provider-rate",)), limits=limits, pace_patience_seconds=0.0
+        ) as forwarder,
+    ):
+        allowed = [forwarder.concurrency("up")]
+        for _ in range(3):
+            await relay(forwarder)
+            allowed.append(forwarder.concurrency("up"))
+    assert allowed == [3, 2, 1, 1]
+
+
+async def test_the_next_rest_is_a_short_one_when_mail_got_through(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pacing, "FIRST_REST_SECONDS", 0.05)
+    limits = limits_of([WIDE])
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(settings(upstream, paced_by=("provider-rate",)), limits=limits) as forwarder,
+    ):
+        for is_too_much in (True, True, False, True):
+            if is_too_much:
+                upstream.faults[Phase.REPLY] = Fault(Kind.REFUSE, TOO_MUCH, times=1)
+            assert (await relay(forwarder)).told.code == (451 if is_too_much else 250)
+    rests = [record.__dict__["seconds"] for record in caplog.records if "asks for less" in record.getMessage()]
+    assert rests == [0.05, 0.1, 0.05]

@@ -25,7 +25,7 @@ from tests.support.relaying import (
     without,
 )
 from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream
-from tests.support.waiting import until
+from tests.support.waiting import SECONDS, until
 
 
 def people(count: int) -> list[Recipient]:
@@ -528,6 +528,33 @@ async def test_a_client_that_leaves_before_its_content_leaves_nothing_open_on_an
         transaction.abort()
         assert [snapshot.pool.busy for snapshot in forwarder.snapshot()] == [0, 0, 0]
         assert all(delivery.ended_ns for delivery in seen.deliveries)
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+async def test_a_further_transaction_whose_client_left_is_followed_to_its_end(is_answered: bool) -> None:
+    """Also where the gateway ends meanwhile, for as long as that waits."""
+    two = ScriptedUpstream(faults={Phase.REPLY: Fault(Kind.LATE)})
+    async with (
+        ScriptedUpstream() as one,
+        two,
+        ScriptedUpstream() as three,
+        relaying(*three_routes(one, two, three)) as forwarder,
+    ):
+        transaction = Awaited.begin(forwarder, MAIL, seen := RecordedTransaction(MAIL))
+        await transaction.recipients([Recipient("a@one.example"), Recipient("b@two.example")])
+        waiting = asyncio.create_task(transaction.content(CHUNKS))
+        await until(lambda: two.stalled)
+        waiting.cancel()
+        transaction.abort()
+        seen.end_early()
+        assert forwarder.observer.late == []  # type: ignore[attr-defined]
+        closing = asyncio.create_task(forwarder.close(grace_seconds=SECONDS if is_answered else 0.01))
+        if is_answered:
+            await asyncio.sleep(0)
+            two.let_go.set()
+        await closing
+        assert forwarder.observer.late == seen.deliveries[1:]  # type: ignore[attr-defined]
+        assert seen.outcomes == [("one", Outcome.RELAYED), ("two", Outcome.RELAYED if is_answered else Outcome.UNKNOWN)]
 
 
 async def test_no_further_transaction_is_begun_once_nobody_waits() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from otel_smtp.observing import SpoolAction, TransactionRecord
+from otel_smtp.observing import Fate, SpoolAction, TransactionRecord
+from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail
-from otel_smtp.smtp.replies import ErrorType
+from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.spool import attempts as attempts_module
 from otel_smtp.spool import runner as runner_module
 from otel_smtp.spool.attempts import Attempt, Recording
@@ -133,16 +134,65 @@ class _Unreadable(MemoryStore):
 
 async def test_a_content_that_cannot_be_read_is_set_aside_and_not_retried(caplog: pytest.LogCaptureFixture) -> None:
     store = _Unreadable()
-    async with running(store=store) as up:
+    observer = ResumedDeliveries()
+    async with running(ScriptedRelay(observer=observer), store) as up:
         one = await up.put()
         await eventually(lambda: store.memory.entries[one].deliveries[0].state is DeliveryState.CORRUPT)
         assert (up.relay.taken, len(up.relay.transactions)) == ([], 1)
         assert "queued content damaged; message set aside" in caplog.text
+        (delivery,) = observer.ended
+        assert delivery.transaction.failure == "spool: the content is damaged"
+        assert [recipient.fate for recipient in delivery.refused] == [Fate.HELD]
+        assert up.relay.transactions[0].calls == ["recipients", "content", "abort"]
         store.is_readable = True
         assert await store.release(one)
         up.runner.wake()
         await up.empties()
         assert up.relay.taken[0][2] == HEADER + BODY
+
+
+class _FailsToRead(MemoryStore):
+    """Contents do not come with their leases, and cannot be read the first time."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.errors = [error]
+
+    async def claim(
+        self, wanted: Mapping[str, int]
+    ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
+        claimed, due_in = await super().claim(wanted)
+        return [(lease, None) for lease, _ in claimed], due_in
+
+    async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
+        if start and self.errors:
+            raise self.errors.pop()
+        return await super().read(content, start, octets)
+
+
+@pytest.mark.parametrize(
+    ("error", "reply", "line"),
+    [
+        (SpoolError("an I/O error"), replies.STORAGE_FAILED, "queued message unreadable"),
+        (ZeroDivisionError("a bug"), replies.INTERNAL, "delivery attempt failed: internal error"),
+    ],
+)
+async def test_where_a_content_cannot_be_read_to_its_end_nothing_is_ended_and_all_is_tried_again(
+    error: Exception, reply: Reply, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, observer = _FailsToRead(error), ResumedDeliveries()
+    relay = ScriptedRelay(observer=observer)
+    async with running(relay, store) as up:
+        one = await up.put("a@x.example", "b@x.example")
+        await up.empties()
+    (logged,) = [record for record in caplog.records if record.getMessage() == line]
+    assert logged.__dict__["spool_id"] == one
+    first, second = relay.transactions
+    assert first.calls == ["recipients", "content", "abort"]
+    assert [(one.fate, one.reply) for one in observer.ended[0].refused] == [(Fate.DEFERRED, reply)] * 2
+    assert [content for _, _, content in relay.taken] == [HEADER + BODY]
+    assert second._record.attempt == 2
+    assert await store.tally() == {"accepted": 2, "delivered": 2}
 
 
 async def test_of_a_content_that_came_in_part_all_is_read_before_any_is_sent() -> None:
