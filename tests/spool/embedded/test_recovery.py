@@ -226,6 +226,25 @@ async def test_what_is_part_of_three_crashes_is_held(store: EmbeddedStore) -> No
         path = crashed
 
 
+@pytest.mark.parametrize("between", ["deferred", "released"])
+async def test_crashes_do_not_add_up_over_an_attempt_that_came_to_its_end_or_an_operator(
+    store: EmbeddedStore, between: str
+) -> None:
+    one = await queued(store)
+    path = store.directory.path
+    for number in range(CRASHES_ALLOWED + 2):
+        async with opened(path) if number else _itself(store) as (current, recovery):
+            assert list(recovery.held) == []
+            if between == "deferred":
+                (lease,) = await leased(current)
+                await current.finish(lease, (), retry_in=0)
+            else:
+                assert await current.hold(one)
+                assert await current.release(one)
+            assert len(await leased(current)) == 1
+            path = left_by_a_crash(current)
+
+
 @asynccontextmanager
 async def _itself(store: EmbeddedStore) -> AsyncIterator[tuple[EmbeddedStore, Recovery]]:
     yield store, Recovery()
