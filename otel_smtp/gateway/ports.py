@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from otel_smtp.config import Settings
-from otel_smtp.net import CannotListen, refuse_served, remove_unix_path
+from otel_smtp.net import CannotListen, refuse_served, remove_unix_path, stop_listening
 from otel_smtp.observing import Endpoint
 
 logger: Final = logging.getLogger("otel_smtp.gateway.ports")
@@ -80,9 +80,7 @@ class SharedPorts:
         """No worker will accept at this place for a while: let clients reach only the other places until one does."""
         for places in self._listeners.values():
             for sock in places[place]:
-                if sock.family != socket.AF_UNIX:  # that is the others', too
-                    with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RD)
+                stop_listening(sock)
 
     def close_listeners(self) -> None:
         """The gateway stops: only its workers' open sockets still accept. Idempotent."""

@@ -2,7 +2,15 @@
 
 from otel_smtp.net.ciphers import TLS_1_2_SUITES, require_modern_tls
 from otel_smtp.net.connecting import connect, connect_unix
-from otel_smtp.net.listening import CannotListen, Listener, is_accept_exhausted, listen, refuse_served, remove_unix_path
+from otel_smtp.net.listening import (
+    CannotListen,
+    Listener,
+    is_accept_exhausted,
+    listen,
+    refuse_served,
+    remove_unix_path,
+    stop_listening,
+)
 from otel_smtp.net.neighbours import owner_of_peer
 from otel_smtp.net.stream import CLOCK_SLACK_SECONDS, Receiver, Stream
 from otel_smtp.net.sweep import Sweep
@@ -23,4 +31,5 @@ __all__ = [
     "refuse_served",
     "remove_unix_path",
     "require_modern_tls",
+    "stop_listening",
 ]

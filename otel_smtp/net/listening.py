@@ -83,10 +83,8 @@ class Listener:
         for sock in held:
             with sock:
                 waiting += _accept_waiting(sock)
-                if self._is_inherited and sock.family != socket.AF_UNIX:
-                    # The parent keeps this socket open: clients would wait there in vain.
-                    with suppress(OSError):
-                        sock.shutdown(socket.SHUT_RD)
+                if self._is_inherited:  # the parent keeps this socket open: clients would wait there in vain
+                    stop_listening(sock)
         loop = asyncio.get_running_loop()
         for client in waiting:
             with suppress(OSError):
@@ -117,6 +115,17 @@ def _accept_waiting(sock: socket.socket) -> list[socket.socket]:
             continue
         except OSError:
             return accepted
+
+
+def stop_listening(sock: socket.socket) -> None:
+    """Let clients reach only the other sockets at its address; it stays bound, and may listen again. Idempotent.
+
+    A unix socket is left alone: there are no others at its path.
+    """
+    # One that does not listen must not be shut down: once it listens again, Linux would end each connection at once.
+    if sock.family != socket.AF_UNIX and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RD)
 
 
 def remove_unix_path(path: str, inode: int) -> None:

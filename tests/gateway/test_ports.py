@@ -9,6 +9,7 @@ import pytest
 
 from otel_smtp import CannotListen, Gateway, Settings, load
 from otel_smtp.gateway.ports import SharedPorts, bind, bind_all, with_present_addresses, without_ipv6_loopback
+from otel_smtp.net.listening import stop_listening
 from otel_smtp.observing import Endpoint
 
 ANY_PORT = Endpoint("127.0.0.1", 0)
@@ -134,6 +135,21 @@ def test_each_place_has_sockets_of_its_own_that_outlive_its_worker(path: str) ->
         shared.close_listeners()
         assert not Path(path).exists()
     assert unix.fileno() == -1
+
+
+def test_a_place_that_was_left_twice_serves_clients_again(path: str) -> None:
+    with SharedPorts(settings(path, address="off")) as shared:
+        address, _ = shared.settings.listener[0].address
+        (sock,) = shared._listeners[address][0]
+        sock.listen()
+        stop_listening(sock)  # a worker drains
+        shared.stop_listening(0)  # and is not back soon
+        sock.listen()
+        with socket.create_connection((address.host, address.port or 0), timeout=10) as client:
+            served, _ = sock.accept()
+            with served:
+                client.sendall(b"EHLO")
+                assert served.recv(4) == b"EHLO"
 
 
 def test_a_name_with_several_addresses_is_listened_at_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
