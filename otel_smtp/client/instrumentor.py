@@ -255,5 +255,5 @@ def _addresses(wanted: str | None) -> AddressDetail:
     try:
         return AddressDetail(chosen.strip().lower() or AddressDetail.DOMAIN)
     except ValueError:
-        logger.warning("mailboxes in spans: %r is none of %s; showing domains", chosen, ", ".join(AddressDetail))
+        logger.warning("mailboxes in spans: %r is not one of %s; showing domains", chosen, ", ".join(AddressDetail))
         return AddressDetail.DOMAIN

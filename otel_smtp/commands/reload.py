@@ -73,13 +73,13 @@ def _ask(address: Endpoint) -> Sequence[Mapping[str, Any]]:
         fail(
             FAILED,
             f"reload: no gateway answers at {address}, the status.address of these settings: {why}",
-            "where the one that runs was started with another, name that: --set status.address=HOST:PORT",
+            "if the running gateway was started with another one, give it: --set status.address=HOST:PORT",
         )
     try:
         processes: Sequence[Mapping[str, Any]] = answer.raise_for_status().json()["processes"]
         processes[0]["pid"]
     except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):
-        fail(FAILED, f"reload: what answers at {address} (status.address) is no gateway that this command can reload")
+        fail(FAILED, f"reload: the server at {address} (status.address) is not a gateway that this command can reload")
     return processes
 
 

@@ -250,11 +250,11 @@ def users_line(name: str, password: str, *, scram: bool = False) -> str:
     """
     name = _checked_name(name)
     if not password or "\0" in password:
-        raise ValueError("a password is not empty and holds no NUL")
+        raise ValueError("a password must not be empty or contain NUL")
     try:
         password.encode()
     except UnicodeEncodeError:  # input that was not UTF-8
-        raise ValueError("the password is not UTF-8, as which clients send it (RFC 4616 2)") from None
+        raise ValueError("the password is not UTF-8, the encoding that clients send (RFC 4616 2)") from None
     if not scram:
         return f"{name}:{_HASHER.hash(_prepared(password))}"
     try:

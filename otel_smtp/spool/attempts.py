@@ -471,7 +471,7 @@ class Attempt:
                 # It could be sent if the upstream's or our settings were different: an operator must act.
                 verdicts = [Verdict(one.number, None, one.reply) for one in verdicts]
                 logger.error(
-                    "notice refused for good: held", extra={**lease_fields(lease), **_codes(verdicts[0].reply)}
+                    "notice refused permanently: held", extra={**lease_fields(lease), **_codes(verdicts[0].reply)}
                 )
             try:
                 notices = await self._notices_of(verdicts)
@@ -544,7 +544,7 @@ class Attempt:
                 continue
             if end is End.FAILED:
                 logger.warning(
-                    "recipients refused for good",
+                    "recipients refused permanently",
                     extra={**lease_fields(lease), "recipients": len(ended), **_codes(ended[0][1])},
                 )
             elif self._means.relay.capabilities().dsn:

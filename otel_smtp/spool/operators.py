@@ -447,7 +447,7 @@ async def ask(
             if "error" in answer and "queue_id" not in answer:
                 raise SpoolError(answer["error"])
             yield answer
-        raise SpoolError("the gateway broke the conversation off")
+        raise SpoolError("the gateway closed the connection early")
     finally:
         writer.close()
 

@@ -101,7 +101,7 @@ class Console:
 
 
 def _say_lost_on_console(lines: int) -> None:
-    logger.warning("lines on standard output lost: their reader was too slow", extra={"lines": lines})
+    logger.warning("standard output lines lost: reader too slow", extra={"lines": lines})
 
 
 class StreamOutput:

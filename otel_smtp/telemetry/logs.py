@@ -172,7 +172,7 @@ class TextLines(LineHandler):
 
 
 def _tell_lost(lines: int) -> None:
-    logger.warning("log lines lost: their reader was too slow", extra={"lines": lines})
+    logger.warning("log lines lost: reader too slow", extra={"lines": lines})
 
 
 class FloodGate:

@@ -106,7 +106,7 @@ def _any_value(value: object) -> bytes:
             return field(1, _utf8(value))
         case int():
             if not -(1 << 63) <= value < 1 << 63:
-                raise ValueError(f"{value} is no 64-bit integer")
+                raise ValueError(f"{value} is not a 64-bit integer")
             # Two's complement: a negative number has ten octets.
             return _INT_VALUE + varint(value & 0xFFFF_FFFF_FFFF_FFFF)
         case float():

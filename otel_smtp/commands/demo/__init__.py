@@ -52,6 +52,6 @@ def demo(context: click.Context, *, once: bool, listen: tuple[str, ...], slow: s
     except SettingsError as error:
         fail_settings(error)
     except (OSError, VisitFailed) as error:
-        fail(FAILED, f"the demonstration failed: {str(error) or type(error).__name__}")
+        fail(FAILED, f"demonstration failed: {str(error) or type(error).__name__}")
     except KeyboardInterrupt:
         pass

@@ -144,7 +144,7 @@ class Compaction:
             if not ids:
                 if segment not in memory.live:
                     return True  # the last one has just ended
-                logger.error("segment counts messages but holds none", extra={"segment": segment})
+                logger.error("segment counted messages but has none", extra={"segment": segment})
                 return False
             moved = await asyncio.gather(*[self._relocate(message_id, segment) for message_id in ids])
             if not any(moved):

@@ -14,8 +14,8 @@
     index.reserve  room for the index's write-ahead log, while it has none
     lost+found/    what was damaged or is unknown, for `otel-smtp queue rebuild` and for people to look at
 
-Anything else there is reported, and neither opened nor removed. Nothing is opened that is no regular file, and nothing
-is removed that may be mail.
+Anything else there is reported, and neither opened nor removed. Nothing is opened that is not a regular file, and
+nothing is removed that may be mail.
 """
 
 import contextlib
@@ -375,7 +375,7 @@ class SpoolDirectory:
             file = open_regular(temporary, os.O_RDWR)
             try:
                 if os.fstat(file).st_size != octets:
-                    raise OSError(errno.EIO, f"{temporary} is not as long as what was written")
+                    raise OSError(errno.EIO, f"{temporary} differs in length from the written content")
                 write_all_at(file, envelope, octets)
                 os.fdatasync(file)
             finally:

@@ -29,12 +29,12 @@ def open_regular(path: Path, flags: int) -> int:
     """Open a file of ours, readable by us alone.
 
     Raises:
-        OSError: it cannot be opened, or is no regular file.
+        OSError: it cannot be opened, or is not a regular file.
     """
     file = os.open(path, flags | _OPEN, 0o600)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise OSError(errno.EINVAL, "is no regular file", str(path))
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
     if flags & os.O_CREAT:
         os.fchmod(file, 0o600)  # whatever the umask
     return file

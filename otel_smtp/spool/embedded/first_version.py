@@ -71,7 +71,7 @@ async def carry_over(
     if not path.exists():
         return await asyncio.to_thread(_without_database, directory)
     if not path.is_file() or path.is_symlink():
-        raise SpoolError(f"{path} is no regular file")
+        raise SpoolError(f"{path} is not a regular file")
     number = 0
     try:
         source = await asyncio.to_thread(_Source, directory)

@@ -28,7 +28,7 @@ class FormerIndex(Index):
         try:
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
             if version != VERSION:
-                raise sqlite3.DatabaseError(f"it is of version {version}")
+                raise sqlite3.DatabaseError(f"its version is {version}")
             self.ids = frozenset(self._ids("SELECT id FROM message", ()))
             self.is_current = self._belongs_to(markers)
         except BaseException:

@@ -159,7 +159,7 @@ class Index:
             self.is_new = True
             self._database.executescript(f"BEGIN;{_TABLES}{_INDEXES}PRAGMA user_version = {VERSION};COMMIT;")
         elif version != VERSION:
-            raise NoIndex(f"it is of version {version}")
+            raise NoIndex(f"its version is {version}")
         else:
             with contextlib.suppress(sqlite3.OperationalError):  # a full disk: queries are slower without it
                 execute(_SENDER_INDEX.replace("INDEX", "INDEX IF NOT EXISTS"))  # an earlier release made none

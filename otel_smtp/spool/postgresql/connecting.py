@@ -212,7 +212,7 @@ async def connect(
         raise StorageAway(f"no PostgreSQL answers: {_words(error)}") from error
     except asyncpg.ProtocolViolationError as error:
         raise SpoolError(
-            f"what answers is a connection pool, and refuses our settings: {_words(error)}; connect directly, or let "
+            f"a connection pooler answers, and refuses our settings: {_words(error)}; connect directly, or let "
             f"PgBouncer pool by session, with ignore_startup_parameters = {', '.join(_OF_A_SESSION)}"
         ) from error
     except asyncpg.PostgresError as error:

@@ -67,7 +67,7 @@ class Item(Promise[T]):
             try:
                 self.settle(result)
             except Exception:
-                logger.exception("answer of the queue not taken: internal error")
+                logger.exception("queue answer not processed: internal error")
 
     def refuse(self, fault: SpoolError) -> None:
         """Like `answer`: it is not durable, and will not be."""
@@ -75,7 +75,7 @@ class Item(Promise[T]):
             try:
                 self.fail(fault)
             except Exception:
-                logger.exception("answer of the queue not taken: internal error")
+                logger.exception("queue answer not processed: internal error")
 
 
 I = TypeVar("I", bound=Item[Any])  # noqa: E741 - an item

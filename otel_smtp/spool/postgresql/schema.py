@@ -199,7 +199,7 @@ def quoted(schema: str) -> str:
         SpoolError: it is not a plain name.
     """
     if _NAME.fullmatch(schema) is None or schema.startswith("pg_"):
-        raise SpoolError(f"{schema!r} is no name for a schema: lower case letters, digits and _, at most 63")
+        raise SpoolError(f"{schema!r} is not a valid schema name: lower case letters, digits and _, at most 63")
     return f'"{schema}"'
 
 
