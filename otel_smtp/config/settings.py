@@ -165,8 +165,8 @@ class LimitsTable(Table, frozen=True, kw_only=True):
     connections: Annotated[
         int,
         Key(
-            "connections at once, at most a quarter of the process's file limit; beyond, the one that is least missed"
-            " gives way to a client that has fewer, else 421",
+            "connections at once, of one process, at most a quarter of its file limit; beyond, the one that is least"
+            " missed gives way to a client that has fewer, else 421",
             _COUNT,
             "1024 files / 4",
         ),
@@ -225,7 +225,8 @@ class LimitsTable(Table, frozen=True, kw_only=True):
     auth_failures_per_minute: Annotated[
         int,
         Key(
-            "failed logins from one client address, then 421 to its connections; to loopback, five in a second",
+            "failed logins from one client address, counted by each process, then 421 to its connections; to loopback, "
+            "five in a second",
             _COUNT,
         ),
     ] = 10

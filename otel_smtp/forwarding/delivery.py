@@ -28,7 +28,7 @@ from otel_smtp.forwarding.verdicts import is_about_credentials, outcome_of, want
 from otel_smtp.observing import DeliveryPhase, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import CONTENT, DATA, MAIL, RCPT, RSET, Awaited, ExchangeAnswers
-from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.envelope import Body, Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
 
 logger: Final = logging.getLogger("otel_smtp.forwarding.delivery")
@@ -248,10 +248,17 @@ class Delivery(Transmitting):
             self._connection.exchange(self._settled, stop_at=_MAIL)
         elif (refusal := self._unfit()) is not None:
             self._decline(refusal)
-        elif self._connection.protocol.extensions.chunking:
+        elif self._connection.protocol.extensions.chunking and not self._may_have_hung_up():
             self._write_chunk()
         else:
             self._ask_for_content()
+
+    def _may_have_hung_up(self) -> bool:
+        """Whether the upstream refused a recipient, and perhaps closed the connection behind that, as some do.
+
+        A chunk that is lost with it has an unknown outcome, and may not be sent again; a DATA without a reply may.
+        """
+        return self._refusal is not None and self._mail.body is not Body.BINARY_MIME
 
     def _reopened(self, answers: ExchangeAnswers) -> None:
         refusal = answers[0].reply

@@ -1151,6 +1151,24 @@ async def test_who_was_refused_stays_refused_and_the_others_are_asked_about_alon
         assert counts == ((1, 0, 1) if refusal[:1] == b"4" else (1, 1, 0))
 
 
+async def test_the_others_get_the_mail_though_the_upstream_hangs_up_behind_a_refusal() -> None:
+    """That is seen only when the content is sent; it was not taken, as DATA had no reply."""
+    verdicts = {"bob@example.net": b"550 5.1.1 no bob\r\n"}
+    faults = {Phase.DATA: Fault(Kind.CLOSE, times=1)}
+    async with (
+        ScriptedUpstream(verdict=verdicts.get, faults=faults) as upstream,
+        relaying(settings(upstream)) as forwarder,
+    ):
+        relayed = await relay(forwarder, CAROL, BOB)
+        assert relayed.codes == [250, 550]
+        assert relayed.told.code == 250
+        assert relayed.seen.outcomes == [("up", Outcome.PARTLY_RELAYED)]
+        assert [kept.addresses for kept in upstream.kept] == [("carol@example.net",)]
+        assert upstream.connections == 2
+        assert (await relay(forwarder, CAROL)).told.code == 250
+        assert upstream.kept[-1].by_chunks
+
+
 async def test_who_was_refused_stays_refused_though_mail_is_refused_then() -> None:
     verdicts = {"bob@example.net": b"550 5.1.1 no bob\r\n"}
     mails = iter([None, b"450 4.7.1 enough\r\n"])
