@@ -55,6 +55,7 @@ class Beats:
         name: of this process in telemetry, for people.
         heard: called with messages of the queue's other processes.
         taken_over: called with the number of deliveries taken over, and the ids of messages now held.
+        reached: called with each connection, with when its server was started.
 
     Attributes:
         incarnation: a new one after this gateway was declared dead.
@@ -74,6 +75,7 @@ class Beats:
         version: str,
         heard: Callable[[str], None],
         taken_over: Callable[[int, Sequence[str]], None],
+        reached: Callable[[str], None],
     ) -> None:
         self._place = place
         self._statements = statements
@@ -82,6 +84,7 @@ class Beats:
         self._heard = heard
         self._channel = channel(place)
         self._taken_over = taken_over
+        self._reached = reached
         self.line = LastingConnection(place, "beats", self._made)
         self._interval = min(BEAT_SECONDS, place.takeover_seconds * MARGIN)
         self._margin = place.takeover_seconds * MARGIN
@@ -154,6 +157,7 @@ class Beats:
 
     def _made(self, connection: Connection, facts: ServerFacts) -> None:
         self.is_housekeeper = self._is_heard = False
+        self._reached(facts.started_at)
 
     async def _enter(self, connection: Connection) -> None:
         sent = time.monotonic()

@@ -85,12 +85,14 @@ class ServerFacts:
     Attributes:
         backend: its process for this connection.
         has_standby: a commit waits for one.
+        started_at: when the server was started, by which it differs from all others.
     """
 
     backend: int
     version: str
     has_standby: bool
     installation: str
+    started_at: str
 
 
 def is_lost(error: BaseException) -> bool:
@@ -239,7 +241,8 @@ async def _check(
         " current_setting('fsync') AS fsync, current_setting('full_page_writes') AS full_page_writes,"
         " current_setting('synchronous_commit') AS synchronous_commit, pg_is_in_recovery() AS is_replica,"
         " current_setting('default_transaction_read_only') AS read_only,"
-        " current_setting('synchronous_standby_names') <> '' AS has_standby, current_user AS name"
+        " current_setting('synchronous_standby_names') <> '' AS has_standby, current_user AS name,"
+        " pg_postmaster_start_time()::text AS started_at"
     )
     assert row is not None
     if row["number"] < LEAST_VERSION:
@@ -267,7 +270,7 @@ async def _check(
             await _check_rights(connection, place.schema, row["name"])
         quoted = schemas.quoted(place.schema)
         installation = str(await connection.fetchval(f"SELECT installation FROM {quoted}.meta"))  # noqa: S608
-    return ServerFacts(row["backend"], row["version"], row["has_standby"], installation)
+    return ServerFacts(row["backend"], row["version"], row["has_standby"], installation, row["started_at"])
 
 
 async def _schema_version(connection: Connection, schema: str, role: str) -> tuple[int, int] | None:
@@ -386,6 +389,11 @@ class LastingConnection:
         """Abort the connection: callers that wait for an answer over it learn that the outcome is unknown."""
         if self._connection is not None:
             self._connection.terminate()
+
+    def leave_former(self, started_at: str) -> None:
+        """Abort a connection to another server than the one started then: it was the primary, and may never answer."""
+        if self.facts is not None and self.facts.started_at != started_at:
+            self.terminate()
 
     async def close(self) -> None:
         """Idempotent."""

@@ -177,6 +177,11 @@ class Lanes(Generic[I]):
         self._is_over_time = True
         self._call()
 
+    def leave_former(self, started_at: str) -> None:
+        """See `LastingConnection.leave_former`: what is under way there is sent again."""
+        for line in self._lines:
+            line.leave_former(started_at)
+
     async def close(self, seconds: float) -> None:
         """Wait up to `seconds` until all items are written, and give up the rest; then end. Idempotent."""
         if self._tasks:

@@ -102,6 +102,10 @@ class DatabaseLedger:
         if gateway != str(self._beats.incarnation) and (heard := self._watching.get(name)) is not None:
             heard(is_wish=is_wish)
 
+    def leave_former(self, started_at: str) -> None:
+        """See `LastingConnection.leave_former`."""
+        self._working.leave_former(started_at)
+
     async def close(self, seconds: float) -> None:
         """See `Working.close`."""
         await self._working.close(seconds)

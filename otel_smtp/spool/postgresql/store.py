@@ -104,7 +104,10 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
         self._most_octets = most_octets
         self._is_gateway = is_gateway
         self._statements = statements = Statements(place.schema)
-        self.beats = Beats(place, statements, name=name, version=version, heard=self._heard, taken_over=self._took_over)
+        self.beats = Beats(
+            place, statements, name=name, version=version,
+            heard=self._heard, taken_over=self._took_over, reached=self._leave_former,
+        )  # fmt: skip
         self.timings = timings = deque[Timing](maxlen=MOST_TIMINGS)
         self._accepting = Lanes(
             [LastingConnection(place, f"accepts {number}") for number in (0, 1)],
@@ -220,6 +223,11 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
             self._woken.look_soon() if what == "look" else self._woken.wake()
         elif self.beats.is_housekeeper and (deed := self._heard_deeds.hear(what)) is not None:
             self._woken.note(deed)  # by one of the gateways, so that there is one line and one span
+
+    def _leave_former(self, started_at: str) -> None:
+        """Beats, the first to find that a server is silent, have reached the one that was started then."""
+        for one in (self._accepting, self._large, self._recording, self._working, self.ledger):
+            one.leave_former(started_at)
 
     def _took_over(self, deliveries: int, held: Sequence[str]) -> None:
         self.figures.taken_over += deliveries

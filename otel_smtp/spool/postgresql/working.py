@@ -107,6 +107,10 @@ class Working:
                     watchdog.cancel()
             raise AssertionError("unreachable")
 
+    def leave_former(self, started_at: str) -> None:
+        """See `LastingConnection.leave_former`."""
+        self._line.leave_former(started_at)
+
     async def close(self, seconds: float) -> None:
         """Wait up to `seconds` for work under way, and give up the rest. Idempotent."""
         if self._running:

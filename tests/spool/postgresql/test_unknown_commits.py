@@ -127,6 +127,23 @@ async def test_a_submission_that_a_peer_has_begun_is_not_withdrawn_but_told(
         await peer.close()
 
 
+async def test_what_waits_for_a_former_primary_is_sent_to_the_one_that_beats_find(
+    gateway: PostgresqlStore, proxy: CuttingProxy
+) -> None:
+    """A server that is stopped, or cut off, answers nothing: its connections do not break by themselves."""
+    proxy.cut("accepts", waits=True)
+    new = message()
+    submitting = gateway.submit(new, await written(gateway.draft()), lease=False)
+    await proxy.reached.wait()
+    for line in gateway._accepting._lines:
+        assert line.facts is not None
+        line.facts = dataclasses.replace(line.facts, started_at="long ago")
+    gateway.beats.line.terminate()
+    async with asyncio.timeout(20):
+        await submitting
+    assert [shown.id for shown in await gateway.page("", 9)] == [new.id]
+
+
 async def test_a_gateway_ends_soon_while_its_database_says_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
