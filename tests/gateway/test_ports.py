@@ -147,8 +147,8 @@ def test_a_place_that_was_left_twice_serves_clients_again(path: str) -> None:
         sock.listen()
         with socket.create_connection((address.host, address.port or 0), timeout=10):
             served, _ = sock.accept()
+            served.setblocking(False)
             with served, pytest.raises(BlockingIOError):  # no end, and nothing yet
-                served.setblocking(False)
                 served.recv(1)
 
 
