@@ -20,7 +20,7 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.extensions import of_ascii_content
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.spool.messages import Kind, Lease, NewMessage, SpoolError, StorageBusy, StorageFull, new_id
+from otel_smtp.spool.messages import Kind, Lease, NewMessage, SpoolError, StorageBusy, StorageFull, new_id, reply_room
 from otel_smtp.spool.store import Draft, Pending, Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.intake")
@@ -126,7 +126,7 @@ class Intake:
                 self._observer.carrier(record), Kind.MAIL, is_possible_duplicate,
                 self._first_wait_seconds() if was_tried else 0.0,
                 int(was_tried),
-                {address: str(reply) for address, reply in refusals.items()} if refusals else _NO_REPLIES,
+                _texts_of(refusals) if refusals else _NO_REPLIES,
             )
         )  # fmt: skip
         destinations = list(deliveries)
@@ -170,6 +170,11 @@ class Intake:
         finally:
             if durable:
                 asyncio.get_running_loop().call_soon(self._begin_attempts)
+
+
+def _texts_of(refusals: Mapping[str, Reply]) -> Mapping[str, str]:
+    room = reply_room(len(refusals))
+    return {address: str(reply)[:room] for address, reply in refusals.items()}
 
 
 def _refusal_for(error: Exception, message_id: str) -> Reply:

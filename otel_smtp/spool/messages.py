@@ -117,6 +117,10 @@ class Kind(StrEnum):
 NOTICES: Final = frozenset(Kind) - {Kind.MAIL, Kind.OUTCOME}
 """The kinds that report on a mail. They age even while held: a report must not come years later."""
 
+_REPLIES_CHARACTERS: Final = 1_000_000  # about all recipients of a message
+_MOST_REPLY_CHARACTERS: Final = 1000
+_LEAST_REPLY_CHARACTERS: Final = 100
+
 OUTCOME_PREFIX: Final = "notify "
 """The prefix of outcomes' destinations; no upstream's name has a space."""
 
@@ -439,6 +443,17 @@ class Backlog:
 
     pending: int = 0
     oldest_arrived_at: float | None = None
+
+
+def reply_room(recipients: int) -> int:
+    """The most characters of a reply that are kept for each recipient, and reported to the sender.
+
+    The result of an attempt is one step, whose size is bounded.
+
+    Args:
+        recipients: how many recipients have a reply.
+    """
+    return max(_LEAST_REPLY_CHARACTERS, min(_MOST_REPLY_CHARACTERS, _REPLIES_CHARACTERS // max(1, recipients)))
 
 
 def is_for_receiver(destination: str) -> bool:

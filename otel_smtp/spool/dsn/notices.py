@@ -7,6 +7,7 @@ that they report, so that neither can be lost without the other.
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final, Literal
 
@@ -22,7 +23,16 @@ from otel_smtp.spool.dsn.report import (
     returns_content,
     wanted,
 )
-from otel_smtp.spool.messages import ContentLost, Kind, Lease, NewMessage, SpooledRecipient, new_id, trace_id_of
+from otel_smtp.spool.messages import (
+    ContentLost,
+    Kind,
+    Lease,
+    NewMessage,
+    SpooledRecipient,
+    new_id,
+    reply_room,
+    trace_id_of,
+)
 from otel_smtp.spool.store import Notice, Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.dsn.notices")
@@ -98,17 +108,18 @@ class Notices:
         except ContentLost:
             logger.critical("notice sent without the original, which is lost", extra={"spool_id": lease.message_id})
             original = b""
+        room = reply_room(len(asking))
         content = notification(
             kind,
             mail=lease.mail,
             statuses=[
                 Status(
                     one.recipient,
-                    reply,
+                    _shortened(reply, room),
                     remote=remote,
                     last_attempt=_date(now) if remote is not None else None,
                     will_retry_until=_date(retry_until) if retry_until is not None else None,
-                    before=one.last_reply if reply is replies.EXPIRED else "",
+                    before=one.last_reply[:room] if reply is replies.EXPIRED else "",
                 )
                 for one, reply in asking
             ],
@@ -143,6 +154,12 @@ class Notices:
     def _is_wanted(self, kind: NoticeKind, lease: Lease, one: SpooledRecipient) -> bool:
         # "MUST NOT" answer a notice with a notice: mail would loop (RFC 5321 6.1).
         return lease.kind is Kind.MAIL and wanted(kind, one.recipient, lease.mail)
+
+
+def _shortened(reply: Reply | None, characters: int) -> Reply | None:
+    if reply is None or len(text := " ".join(reply.lines)) <= characters:
+        return reply
+    return replace(reply, lines=(text[:characters],))
 
 
 def _date(seconds: float) -> datetime:

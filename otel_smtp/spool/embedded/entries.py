@@ -23,6 +23,7 @@ from otel_smtp.spool.messages import (
     Verdict,
     accepted_name,
     end_name,
+    reply_room,
     stale,
     trace_id_of,
 )
@@ -376,7 +377,8 @@ class Entry:
                 name = end_name(self.kind, verdict.end)
                 ended[name] = ended.get(name, 0) + 1
             elif verdict is not None and verdict.reply is not None:
-                left.append(SpooledRecipient(there.number, there.recipient, str(verdict.reply)))
+                last_reply = str(verdict.reply)[: reply_room(len(delivery.recipients))]
+                left.append(SpooledRecipient(there.number, there.recipient, last_reply))
             else:
                 left.append(there)
         delivery.recipients = left
