@@ -5,8 +5,9 @@ import gc
 import ipaddress
 import random
 import ssl
+import time
 import warnings
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -411,6 +412,38 @@ async def test_content_in_chunks_has_a_least_rate_as_a_whole() -> None:
             served.stream.feed(b"BDAT 1\r\nx")
         await served.ended()
         assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+def feed_eof(served: Served) -> None:
+    served.stream.feed_eof()
+
+
+def lose(served: Served) -> None:
+    served.stream.lose(ConnectionResetError())
+
+
+def answer(served: Served) -> None:
+    assert served.forwarder.hold is not None
+    served.forwarder.hold.set()
+
+
+@pytest.mark.parametrize("happens", [feed_eof, lose, answer])
+async def test_what_no_octets_bring_about_has_the_time_at_which_it_happens(happens: Callable[[Served], None]) -> None:
+    """Not that of the last octets: how long a state lasted, and who took so long, is seen in it."""
+    async with serving() as served:
+        if happens is answer:
+            served.forwarder.hold = asyncio.Event()
+            served.stream.feed(MESSAGE)
+        await turns()
+        before, told = time.monotonic_ns(), len(served.seen.transitions)
+        happens(served)
+        if happens is answer:
+            await served.stream.sends(b"250 2.0.0 Ok")
+        else:
+            await served.ended()
+        later = served.seen.transitions[told:]
+        assert later
+        assert all(transition.at_ns >= before for transition in later)
 
 
 @pytest.mark.movable_clock
