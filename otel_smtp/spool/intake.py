@@ -112,10 +112,13 @@ class Intake:
             draft: complete; the store owns it from here on.
             record: given the message's id.
             answered: called once with the message's id when it is durable, or with the reply to the client.
-            refusals: the results of an attempt made a moment ago, by recipient address; the message then waits first.
+            refusals: the results of an attempt made a moment ago, by recipient address; the message then waits first,
+                unless one of them is for good.
             is_possible_duplicate: that attempt may have succeeded.
         """
         was_tried = refusals is not None
+        # A refusal for good is asked for once more, so that a bounce says what holds, and not after a wait.
+        waits = refusals is not None and not any(reply.is_permanent for reply in refusals.values())
         content = draft.in_memory
         if mail.smtputf8 and not draft.is_8bit:
             mail = of_ascii_content(mail, chain.from_iterable(deliveries.values()))
@@ -124,7 +127,7 @@ class Intake:
             (
                 message_id, mail, deliveries, draft.header_octets, self._max_age_seconds,
                 self._observer.carrier(record), Kind.MAIL, is_possible_duplicate,
-                self._first_wait_seconds() if was_tried else 0.0,
+                self._first_wait_seconds() if waits else 0.0,
                 int(was_tried),
                 _texts_of(refusals) if refusals else _NO_REPLIES,
             )

@@ -8,7 +8,7 @@ import pytest
 from otel_smtp.forwarding.settings import PoolLimits, Strategy
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.spool.embedded import EmbeddedStore
-from tests.spool.queueing import AT_ONCE, Queueing, eventually, queueing
+from tests.spool.queueing import AT_ONCE, NEVER_AGAIN, Queueing, eventually, queueing
 from tests.support.fault_proxy import FaultProxy
 from tests.support.relaying import BOB, BODY, CAROL, both_strategies, settings, without
 from tests.support.upstream import Fault, Kind, Phase, ScriptedUpstream
@@ -87,6 +87,25 @@ async def test_a_deferred_recipient_waits_while_the_others_have_their_mail(tmp_p
         assert [kept.addresses for kept in upstream.kept] == [(BOB.address,), (CAROL.address,)]
         assert asked.count(BOB.address) == 1
         assert await queue.tally() == {"accepted": 1, "delivered": 1}
+
+
+async def test_a_recipient_that_is_refused_with_the_content_is_bounced_at_once(tmp_path: Path) -> None:
+    def full(address: str) -> bytes | None:
+        return b"552 5.2.2 full\r\n" if address == CAROL.address else None
+
+    async with (
+        ScriptedUpstream(is_lmtp=True, lmtp_verdict=full) as upstream,
+        queueing(
+            tmp_path, settings(upstream, is_lmtp=True), schedule=NEVER_AGAIN, direct=Strategy.TRANSPARENT
+        ) as queue,
+    ):
+        _, reply = await queue.take(BOB, CAROL)
+        assert reply is not None
+        assert reply.is_positive
+        await queue.empties()
+        assert upstream.kept[0].addresses == (BOB.address, CAROL.address)
+        assert b"\r\nAction: failed\r\n" in upstream.kept[-1].content
+        assert (await queue.tally())["failed"] == 1
 
 
 async def test_recipients_of_another_route_are_taken_too(tmp_path: Path) -> None:
