@@ -9,6 +9,7 @@ import pytest
 
 from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore
+from otel_smtp.spool.embedded.index import Index
 from otel_smtp.spool.embedded.waiting import SAMPLE
 from otel_smtp.spool.messages import End, Verdict
 from tests.spool.messages import leased, message, queued
@@ -69,6 +70,25 @@ async def test_a_sender_of_which_nothing_is_due_is_passed_over(tmp_path: Path) -
     await fill(tmp_path, RARE[-1:], was_tried=False)
     async with opened(tmp_path) as store:
         assert set(await served(store, 1, 6)) == {BUSY, RARE[-1]}
+
+
+def test_looking_for_senders_does_not_read_their_backlogs() -> None:
+    index = Index(None)
+    steps: list[None] = []
+    try:
+        for number, sender in enumerate([BUSY] * 3000 + RARE):
+            row = (str(number), 1, 1, 1, 1, 1, 1, None, None, sender, "", None, "")
+            index._database.execute(f"INSERT INTO message VALUES ({', '.join('?' * len(row))})", row)
+            index._database.execute(
+                "INSERT INTO delivery VALUES (?, 0, 'up', 'ready', 0, ?, ?)", (str(number), number, sender)
+            )
+        index._database.set_progress_handler(lambda: steps.append(None), 100)  # called after so many instructions
+        found, after = index.due_of_senders("up", 10**9, 9, was_tried=False, after=BUSY, is_known=lambda _: False)
+        index._database.set_progress_handler(None, 0)
+    finally:
+        index.close()
+    assert ([sender for *_, sender in found], after) == (RARE, None)
+    assert len(steps) < 20
 
 
 async def test_new_mail_does_not_starve_what_was_tried_where_there_is_room_for_one(tmp_path: Path) -> None:
