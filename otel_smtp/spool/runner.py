@@ -253,6 +253,8 @@ class Runner:
                 self._give_back(lease, is_new=True)
             else:
                 self._begin(lease, content, is_new=True)
+        if not self._has_changed:
+            self._count_soon()
 
     def wake(self, destinations: Sequence[str] = ()) -> None:
         """See `DeliveryAgent.wake`."""
@@ -432,11 +434,17 @@ class Runner:
         else:
             self._claimed[destination] -= 1
             self._all_claimed -= 1
-        self._has_changed = True
+        if not self._has_changed:
+            self._count_soon()
         if self._has_become_idle is not None:
             self._tell_if_idle()
         if destination in self._has_backlog and self._room(destination) > self._relay.concurrency(destination) // 4:
             self._wake.set()  # a few at a time: each query of the store costs as much as some deliveries
+
+    def _count_soon(self) -> None:
+        """Have the spool counted in a while, as it has changed: an idle loop would sleep for a minute."""
+        self._has_changed = True
+        asyncio.get_running_loop().call_later(COUNT_SECONDS, self._wake.set)
 
     async def _count(self) -> float:
         """Look at the spool as a whole, now and then; returns seconds until the next time."""

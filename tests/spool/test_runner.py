@@ -79,6 +79,17 @@ async def test_what_is_due_is_delivered_as_it_came() -> None:
         assert await up.store.tally() == {"accepted": 2, "delivered": 2}
 
 
+async def test_an_idle_runner_counts_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "COUNT_SECONDS", 0.01)
+    async with running() as up:
+        for _ in range(3):
+            await up.put()
+            await up.runner.look()  # while it is under way
+            assert up.runner.counts.total == 1
+            await up.empties()
+            await eventually(lambda: up.runner.counts.total == 0, timeout_seconds=10)
+
+
 async def test_what_is_deferred_is_attempted_again() -> None:
     relay = ScriptedRelay()
     relay.mail_refusals.extend([BUSY, BUSY])
