@@ -21,7 +21,7 @@ from otel_smtp.status.http import ANSWER_SECONDS
 from otel_smtp.telemetry.exporting import LEAST_QUEUE_OCTETS, MAX_BATCH_OCTETS
 from otel_smtp.telemetry.logs import LINES_A_SECOND
 from tests.bounds.driving import KEPT, MIB, Drive, Site
-from tests.bounds.peers import dripping, flooding, served, silent, sink, stalling
+from tests.bounds.peers import crumbling, dripping, flooding, served, silent, sink, stalling
 from tests.support.dialogue import UpstreamScript
 
 OPEN: Final = b"EHLO client.example\r\nMAIL FROM:<>\r\nRCPT TO:<b@there.example>\r\n"
@@ -720,6 +720,10 @@ DRIVES: Final = (
     Drive(
         ("octets of a collector's answer",), "without end", a_few_mails, {},
         {**EXPORTING, "OTEL_BSP_SCHEDULE_DELAY": "100"}, lambda: served(flooding, "http"),
+    ),
+    Drive(
+        ("pieces in which a collector's answer may come",), "without end", a_few_mails, {},
+        {**EXPORTING, "OTEL_BSP_SCHEDULE_DELAY": "100"}, lambda: served(crumbling, "http"),
     ),
     Drive(
         ("outcomes that wait for it", "requests to it at once"), "1,000 of 100", outcomes, NOTIFYING,

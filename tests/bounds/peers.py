@@ -56,6 +56,14 @@ def flooding(connection: socket.socket) -> None:
         connection.sendall(FLOOD)
 
 
+def crumbling(connection: socket.socket) -> None:
+    """An answer in chunks of one octet that does not end."""
+    connection.recv(65_536)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    while True:
+        connection.sendall(b"1\r\nx\r\n" * 512)
+
+
 def dripping(connection: socket.socket) -> None:
     """A head that comes octet by octet, and does not end."""
     connection.recv(65_536)

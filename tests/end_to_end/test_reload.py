@@ -259,7 +259,7 @@ def test_a_signal_that_nobody_can_send_is_said(tmp_path: Path, upstream: Capturi
         done = changed.reload()
         answering.join()
     assert done.returncode == 1
-    assert "is no gateway" in done.stderr
+    assert "is not a gateway" in done.stderr
     changed.write(status__address="off")
     done = changed.reload()
     assert done.returncode == 1
