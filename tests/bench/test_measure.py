@@ -36,6 +36,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         yield bench
 
 
+@pytest.mark.long
 def test_a_relay_that_fails_is_named_and_the_others_are_measured(bench: Bench) -> None:
     frail = peers.named(f"frail (C)={sys.executable} -c '{_FRAIL}' {{listen_port}} {{upstream_port}}")
     absent = peers.named("absent=/nonexistent/relay {listen} {upstream}")

@@ -174,6 +174,7 @@ class Prometheus:
             self._process.wait(30)
 
 
+@pytest.mark.long
 def test_prometheus_scrapes_the_page_and_answers_for_it(
     prometheus: Prometheus, upstream: CapturingUpstream, start: StartGateway
 ) -> None:

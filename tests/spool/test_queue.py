@@ -573,6 +573,7 @@ async def test_what_is_under_way_at_the_end_is_completed(tmp_path: Path) -> None
         assert len(upstream.kept) == 1
 
 
+@pytest.mark.long
 async def test_what_is_cut_short_at_the_end_is_attempted_again(tmp_path: Path) -> None:
     async with ScriptedUpstream() as upstream:
         upstream.faults[Phase.REPLY] = Fault(Kind.STALL, times=1)

@@ -84,6 +84,7 @@ async def test_it_shows_connections_traces_upstreams_and_queue() -> None:
         assert breakers == ["closed", "open"]
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_it_follows_the_gateway_without_a_reload() -> None:
     async with shown() as (gateway, page):
@@ -100,6 +101,7 @@ async def test_it_follows_the_gateway_without_a_reload() -> None:
         assert await page.evaluate("window.stayed") is True
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_a_bounce_and_what_an_operator_did_are_no_attempts_at_the_mail() -> None:
     connection, transaction, attempt = (one.to_records()[0] for one in reversed(mail_trace(0xB0B, outcome="queued")))
@@ -146,6 +148,7 @@ async def test_what_a_peer_wrote_stays_text() -> None:
         assert await page.evaluate("document.title") == "gw.example.com – otel-smtp"
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_a_mark_tells_its_event_when_hovered_and_stays_told_when_clicked() -> None:
     async with shown(f"#trace={TRACE}") as (_, page):
@@ -238,6 +241,7 @@ async def test_the_keyboard_reaches_every_event() -> None:
         assert "550" in await page.evaluate("document.querySelector('.details').textContent")
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_search_and_errors_by_keyboard() -> None:
     async with shown() as (_, page):
@@ -280,6 +284,7 @@ async def test_errors_are_marked_and_can_be_had_alone() -> None:
         assert words == "550 No such user here", "who refused is quoted in the list"
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_a_mail_that_its_client_gave_up_has_no_mark_of_one_that_went_well() -> None:
     async with shown() as (gateway, page):
@@ -306,6 +311,7 @@ async def test_the_mark_beside_many_outcomes_is_round() -> None:
         assert width == height
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_back_closes_what_was_opened() -> None:
     async with shown() as (_, page):
@@ -352,6 +358,7 @@ async def test_the_keys_are_told() -> None:
         ]  # fmt: skip
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_a_long_list_has_pages() -> None:
     async with shown() as (gateway, page):
@@ -374,6 +381,7 @@ async def test_a_long_list_has_pages() -> None:
         await page.until("document.getElementById('trace-place').textContent === '1–100 of 256'")
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_on_a_telephone_a_trace_lies_over_the_list() -> None:
     async with shown() as (_, page):
@@ -410,6 +418,7 @@ async def test_a_trace_leads_to_the_backend_and_out_of_the_queue() -> None:
         assert links[1].endswith(f"/api/traces/{TRACE}")
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_every_control_has_a_name_and_no_page_scrolls_sideways() -> None:
     async with shown(f"#trace={TRACE}") as (_, page):
@@ -463,6 +472,7 @@ async def test_all_text_stands_out_from_its_ground(dark: bool) -> None:
 ACTIONS: Final = "[...document.querySelectorAll('#queue-messages tr:nth-child(1) .actions button')]"
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_an_operator_with_the_token_acts_on_the_queue() -> None:
     async with shown() as (gateway, page):
@@ -546,6 +556,7 @@ async def test_the_gateways_of_a_shared_queue_are_shown(width: int) -> None:
         await page.until("document.getElementById('sharing').hidden")
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_a_lost_gateway_is_told_and_a_trace_that_left_memory_too() -> None:
     async with busy_gateway() as (_, url), chromium() as page:
@@ -561,6 +572,7 @@ async def test_a_lost_gateway_is_told_and_a_trace_that_left_memory_too() -> None
         await page.until("document.getElementById('readiness').dataset.state === 'lost'")
 
 
+@pytest.mark.long
 @in_a_browser
 async def test_rows_of_several_processes_name_theirs_and_the_head_who_is_silent() -> None:
     token = "5e" * 32

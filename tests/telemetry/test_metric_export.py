@@ -237,6 +237,7 @@ def test_a_black_hole_holds_the_end_no_longer_than_its_budget(
     assert "export of metrics failing" in [record.message for record in log.records]
 
 
+@pytest.mark.long
 def test_a_request_that_hangs_from_before_is_given_up_with_the_budget_and_counted(
     receiver: OtlpReceiver, log: pytest.LogCaptureFixture
 ) -> None:

@@ -54,6 +54,7 @@ def test_the_readmes_example_passes_as_it_stands(tmp_path: Path) -> None:
     assert (outcomes(done), done.returncode) == ("3 passed", 0), done.stdout
 
 
+@pytest.mark.long
 def test_in_processes_side_by_side(tmp_path: Path) -> None:
     (example,) = (block for block in blocks("python") if "smtp_gateway" in block)
     done = run_pytest(tmp_path, "-p", "xdist", "-n", "2", test_a=example, test_b=example)

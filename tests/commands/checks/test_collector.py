@@ -138,6 +138,7 @@ async def test_a_grpc_collector_that_refuses() -> None:
     ]
 
 
+@pytest.mark.long
 async def test_a_port_of_something_else() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 mail.example ESMTP\r\n")

@@ -237,6 +237,7 @@ async def opened(place: QueueLocation, name: str) -> PostgresqlStore:
     return one
 
 
+@pytest.mark.long
 async def test_two_gateways_keep_a_limit_together_also_when_their_connections_break() -> None:
     place = await new_place()
     stores = [await opened(place, name) for name in ("first", "second")]

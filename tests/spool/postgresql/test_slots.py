@@ -47,6 +47,7 @@ def owners(place: QueueLocation) -> int:
     return int(count)
 
 
+@pytest.mark.long
 async def test_three_gateways_have_no_more_connections_than_slots_also_when_their_connections_break() -> None:
     place = await new_place()
     upstream = ScriptedUpstream()

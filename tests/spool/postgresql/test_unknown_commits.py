@@ -92,6 +92,7 @@ async def test_what_was_delivered_before_its_submission_is_repeated_is_marked(
         await peer.close()
 
 
+@pytest.mark.long
 async def test_a_submission_whose_time_is_over_is_withdrawn(
     gateway: PostgresqlStore, proxy: CuttingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +109,7 @@ async def test_a_submission_whose_time_is_over_is_withdrawn(
     assert gateway.figures.unanswered == 0
 
 
+@pytest.mark.long
 async def test_a_submission_that_a_peer_has_begun_is_not_withdrawn_but_told(
     gateway: PostgresqlStore, proxy: CuttingProxy, place: QueueLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +146,7 @@ async def test_what_waits_for_a_former_primary_is_sent_to_the_one_that_beats_fin
     assert [shown.id for shown in await gateway.page("", 9)] == [new.id]
 
 
+@pytest.mark.long
 async def test_a_gateway_ends_soon_while_its_database_says_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
